@@ -1,0 +1,1 @@
+"""Architectures: tables of rows, the network that walks them, what they cost."""

@@ -1,0 +1,156 @@
+"""Depthwise convolution, the one door to it.
+
+TPU and GPU run the grouped convolution that `feature_group_count` asks for. XLA:CPU lowers that to naive loops, more
+than ten times slower than a sum of k*k shifted slices, which it fuses into one pass; so on CPU the same numbers come
+from shifted slices, with gradients formulated alike.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mobilenet_jax.models.spec import check_choice
+
+IMPLEMENTATIONS = ("auto", "feature_group_count", "shifted_sum")
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+def depthwise_conv(
+    images: jax.Array, kernel: jax.Array, *, stride: int, pads: Pads, dilation: int = 1, impl: str = "auto"
+) -> jax.Array:
+    """Convolve each channel with its own filter: [B, H, W, C] with kernel [k, k, 1, C].
+
+    `pads` are zeros ((top, bottom), (left, right)). `impl` "auto" chooses at lowering, by the platform compiled for.
+    Raises ValueError for another `impl`.
+    """
+    check_choice("depthwise_impl", impl, IMPLEMENTATIONS)
+    grouped = functools.partial(grouped_conv, stride=stride, pads=pads, dilation=dilation)
+    if impl == "feature_group_count":
+        return grouped(images, kernel)
+    shifted = lambda x, w: _shifted_sum(x, w, stride, pads, dilation)  # noqa: E731
+    if impl == "shifted_sum":
+        return shifted(images, kernel)
+    return lax.platform_dependent(images, kernel, cpu=shifted, default=grouped)
+
+
+def grouped_conv(images: jax.Array, kernel: jax.Array, *, stride: int, pads: Pads, dilation: int) -> jax.Array:
+    """The textbook form: `feature_group_count` equal to the channels."""
+    return lax.conv_general_dilated(
+        images,
+        kernel,
+        window_strides=(stride, stride),
+        padding=pads,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=images.shape[-1],
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _shifted_sum(images: jax.Array, kernel: jax.Array, stride: int, pads: Pads, dilation: int) -> jax.Array:
+    padded = jnp.pad(images, ((0, 0), *pads, (0, 0)))
+    size = _output_size(padded.shape, kernel.shape, stride, dilation)
+    return _weighted_sum(
+        (_window(padded, i * dilation, j * dilation, stride, size), kernel[i, j, 0]) for i, j in _taps(kernel)
+    )
+
+
+def _forward(images, kernel, stride, pads, dilation):
+    return _shifted_sum(images, kernel, stride, pads, dilation), (images, kernel)
+
+
+def _backward(stride, pads, dilation, residuals, gradient):
+    images, kernel = residuals
+    return (
+        _image_gradient(gradient, kernel, images.shape, stride, pads, dilation),
+        _kernel_gradient(gradient, images, kernel, stride, pads, dilation),
+    )
+
+
+_shifted_sum.defvjp(_forward, _backward)
+
+
+def _image_gradient(gradient, kernel, shape, stride, pads, dilation):
+    """The transposed sum, phase by phase of the stride, so that no inserted zeros are multiplied.
+
+    Output (y, x) reads padded row y * stride + i * dilation; so padded row q * stride + r is read by the taps with
+    i * dilation = r (mod stride), at output row q - (i * dilation - r) / stride. Columns alike.
+    """
+    (top, bottom), (left, right) = pads
+    height, width = shape[1] + top + bottom, shape[2] + left + right
+    rows, columns = -(-height // stride), -(-width // stride)
+    reach = (kernel.shape[0] - 1) * dilation // stride
+    # Outputs that do not exist contribute zeros on either side.
+    _, out_h, out_w, _ = gradient.shape
+    around = ((0, 0), (reach, max(0, rows - out_h)), (reach, max(0, columns - out_w)), (0, 0))
+    gradient = jnp.pad(gradient, around)
+    phases = [
+        _phase(gradient, kernel, (r, s), (rows, columns), reach, stride, dilation)
+        for r, s in itertools.product(range(stride), repeat=2)
+    ]
+    if stride == 1:
+        padded = phases[0]
+    else:
+        grid = jnp.stack(phases, axis=3).reshape(shape[0], rows, columns, stride, stride, shape[3])
+        padded = grid.transpose(0, 1, 3, 2, 4, 5).reshape(shape[0], rows * stride, columns * stride, shape[3])
+    return padded[:, top : top + shape[1], left : left + shape[2]]
+
+
+def _phase(gradient, kernel, phase, size, reach, stride, dilation):
+    terms = []
+    for i, j in _taps(kernel):
+        offsets = [tap * dilation - r for tap, r in zip((i, j), phase, strict=True)]
+        if all(offset % stride == 0 for offset in offsets):
+            top, left = (reach - offset // stride for offset in offsets)
+            terms.append((_window(gradient, top, left, 1, size), kernel[i, j, 0]))
+    if not terms:  # dilation even, phase odd: nothing reads these pixels
+        return jnp.zeros((gradient.shape[0], *size, gradient.shape[3]), gradient.dtype)
+    return _weighted_sum(terms)
+
+
+def _kernel_gradient(gradient, images, kernel, stride, pads, dilation):
+    padded = jnp.pad(images, ((0, 0), *pads, (0, 0)))
+    size = gradient.shape[1:3]
+    taps = [
+        jnp.sum(
+            _window(padded, i * dilation, j * dilation, stride, size) * gradient,
+            axis=(0, 1, 2),
+            dtype=_accumulator(gradient.dtype),
+        )
+        for i, j in _taps(kernel)
+    ]
+    return jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _accumulator(dtype):
+    """Sums of half-precision products are kept in float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _taps(kernel):
+    return itertools.product(range(kernel.shape[0]), range(kernel.shape[1]))
+
+
+def _window(images, top, left, stride, size):
+    """The strided window whose first pixel is (top, left) and whose shape is `size`."""
+    batch, _, _, channels = images.shape
+    height, width = size
+    return lax.slice(
+        images,
+        (0, top, left, 0),
+        (batch, top + (height - 1) * stride + 1, left + (width - 1) * stride + 1, channels),
+        (1, stride, stride, 1),
+    )
+
+
+def _weighted_sum(terms):
+    products = (window * weight for window, weight in terms)
+    return functools.reduce(jnp.add, products)
+
+
+def _output_size(shape, kernel_shape, stride, dilation):
+    reach = dilation * (kernel_shape[0] - 1)
+    return tuple((n - reach - 1) // stride + 1 for n in shape[1:3])

@@ -1,0 +1,206 @@
+"""Convolution, batch norm, dense and squeeze-excite: each in the textbook form and, where faster, in another."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from mobilenet_jax.models.depthwise import depthwise_conv, grouped_conv
+from mobilenet_jax.models.init import make_kernel_init
+from mobilenet_jax.models.spec import Op, Spec
+
+LOWERINGS = ("auto", "plain")
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "linear": lambda x: x,
+    "relu": nn.relu,
+    "relu6": nn.relu6,
+    "hard_swish": nn.hard_swish,
+}
+# The hard sigmoid is relu6(x + 3) / 6, not the 0.2 x + 0.5 of older Keras.
+GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "hard_sigmoid": nn.hard_sigmoid,
+    "sigmoid": nn.sigmoid,
+    "hard_swish": nn.hard_swish,
+}
+
+
+class Conv(nn.Module):
+    """The convolution of an `Op`, without bias: [B, H, W, C_in] to [B, H', W', C_out]."""
+
+    op: Op
+    spec: Spec
+    dtype: jnp.dtype
+    lowering: str
+    depthwise_impl: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        op = self.op
+        shape = (op.kernel, op.kernel, op.in_channels // op.groups, op.filters)
+        kernel = self.param("kernel", make_kernel_init(self.path, self.spec), shape)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        pads = op.pads(x.shape[1], x.shape[2], self.spec.padding)
+        if self.lowering == "auto" and op.depthwise:
+            return depthwise_conv(
+                x, kernel, stride=op.stride, pads=pads, dilation=op.dilation, impl=self.depthwise_impl
+            )
+        if self.lowering == "auto" and op.kernel == op.stride == 1:
+            return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
+        if op.depthwise:
+            return grouped_conv(x, kernel, stride=op.stride, pads=pads, dilation=op.dilation)
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(op.stride, op.stride),
+            padding=pads,
+            rhs_dilation=(op.dilation, op.dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class Norm(nn.Module):
+    """Batch norm and activation in one pass over the map, with the variables of `nn.BatchNorm`.
+
+    Statistics are float32 whatever the map's dtype, over all of the batch that the function sees: the global batch
+    under `jit`, a device's share under `shard_map`.
+    """
+
+    activation: str
+    spec: Spec
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, use_running_average: bool) -> jax.Array:
+        features = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, features)
+        bias = self.param("bias", nn.initializers.zeros, features)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
+        if use_running_average:
+            factor = scale * lax.rsqrt(var.value + self.spec.bn_epsilon)
+            return _affine(x, factor, bias - mean.value * factor, self.activation)
+        y, batch_mean, batch_var = _normalise(x, scale, bias, self.spec.bn_epsilon, self.activation)
+        if not self.is_initializing():
+            keep = self.spec.bn_decay
+            mean.value = keep * mean.value + (1 - keep) * lax.stop_gradient(batch_mean)
+            var.value = keep * var.value + (1 - keep) * lax.stop_gradient(batch_var)
+        return y
+
+
+def _affine(x, factor, shift, activation):
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return ACTIVATIONS[activation](x.astype(dtype) * factor + shift).astype(x.dtype)
+
+
+def _moments(x):
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = jnp.mean(x, axis=(0, 1, 2))
+    # E[x^2] - E[x]^2 reads the map once; rounding may take it below 0.
+    return mean, jnp.maximum(jnp.mean(lax.square(x), axis=(0, 1, 2)) - lax.square(mean), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normalise(x, scale, bias, epsilon, activation):
+    """(activation of the normalised x, batch mean, batch variance); no gradient flows through the last two."""
+    mean, var = _moments(x)
+    factor = scale * lax.rsqrt(var + epsilon)
+    return _affine(x, factor, bias - mean * factor, activation), mean, var
+
+
+def _normalise_forward(x, scale, bias, epsilon, activation):
+    y, mean, var = _normalise(x, scale, bias, epsilon, activation)
+    return (y, mean, var), (x, scale, bias, mean, var)
+
+
+def _normalise_backward(epsilon, activation, residuals, gradients):
+    x, scale, bias, mean, var = residuals
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    inverse = lax.rsqrt(var + epsilon)
+    centred = (x.astype(dtype) - mean) * inverse
+    # Recomputing the activation's input from x is cheaper than keeping it.
+    _, pull = jax.vjp(ACTIVATIONS[activation], centred * scale + bias)
+    (gradient,) = pull(gradients[0].astype(dtype))
+    bias_gradient = jnp.sum(gradient, axis=(0, 1, 2))
+    scale_gradient = jnp.sum(gradient * centred, axis=(0, 1, 2))
+    count = x.size // x.shape[-1]
+    x_gradient = scale * inverse * (gradient - bias_gradient / count - centred * (scale_gradient / count))
+    return x_gradient.astype(x.dtype), scale_gradient, bias_gradient
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+class PlainNorm(nn.Module):
+    """The same as `Norm`, as a textbook writes it: `nn.BatchNorm`'s formula, then the activation."""
+
+    activation: str
+    spec: Spec
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, use_running_average: bool) -> jax.Array:
+        norm = nn.BatchNorm(
+            use_running_average=use_running_average,
+            momentum=self.spec.bn_decay,
+            epsilon=self.spec.bn_epsilon,
+            dtype=x.dtype,
+        )
+        # Sharing the scope keeps the variables at the same path as `Norm`'s.
+        nn.share_scope(self, norm)
+        return ACTIVATIONS[self.activation](norm(x))
+
+
+class ConvNorm(nn.Module):
+    """Convolution (`conv`), batch norm (`norm`) and activation of an `Op`."""
+
+    op: Op
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, use_running_average: bool) -> jax.Array:
+        x = self.conv(op=self.op, name="conv")(x)
+        return self.norm(activation=self.op.activation, name="norm")(x, use_running_average=use_running_average)
+
+
+class Dense(nn.Module):
+    """Matrix product and bias on [B, C]; `kernel` is [C_in, C_out]."""
+
+    filters: int
+    spec: Spec
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1], self.filters)
+        kernel = self.param("kernel", make_kernel_init(self.path, self.spec), shape)
+        bias = self.param("bias", nn.initializers.zeros, shape[-1:])
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+class SqueezeExcite(nn.Module):
+    """Gate the channels of [B, H, W, C] by a two-layer function of their spatial means."""
+
+    reduced: int
+    gate: str
+    dense: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        mean = spatial_mean(x)
+        hidden = nn.relu(self.dense(filters=self.reduced, name="reduce")(mean))
+        gates = GATES[self.gate](self.dense(filters=x.shape[-1], name="expand")(hidden))
+        return x * gates[:, None, None, :]
+
+
+def spatial_mean(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] to [B, C], summed in float32."""
+    return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+
+
+def drop_path(branch: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Zero the residual branch of an image with probability `rate`, scale the others up (1603.09382)."""
+    kept = jax.random.bernoulli(key, 1 - rate, (branch.shape[0], 1, 1, 1))
+    return jnp.where(kept, branch / (1 - rate), 0).astype(branch.dtype)

@@ -1,0 +1,139 @@
+"""The one network that walks every table."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mobilenet_jax.models.blocks import InvertedResidualBlock, SeparableBlock
+from mobilenet_jax.models.depthwise import IMPLEMENTATIONS
+from mobilenet_jax.models.layers import (
+    ACTIVATIONS,
+    LOWERINGS,
+    Conv,
+    ConvNorm,
+    Dense,
+    Norm,
+    PlainNorm,
+    spatial_mean,
+)
+from mobilenet_jax.models.spec import Conv as ConvRow
+from mobilenet_jax.models.spec import InvertedResidual, Spec, check_choice
+from mobilenet_jax.models.zoo import make_spec
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+
+
+class MobileNet(nn.Module):
+    """A `Spec` as a module.
+
+    `lowering` "auto" formulates convolutions and norms for speed, "plain" as a textbook writes them; parameters and
+    numbers are the same. With `freeze_stats`, batch norm uses its running statistics in training too.
+    """
+
+    spec: Spec
+    dtype: str = "float32"
+    lowering: str = "auto"
+    depthwise_impl: str = "auto"
+    remat: bool = False
+    freeze_stats: bool = False
+
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, tuple(DTYPES))
+        check_choice("lowering", self.lowering, LOWERINGS)
+        check_choice("depthwise_impl", self.depthwise_impl, IMPLEMENTATIONS)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False, features: tuple[str, ...] = ()) -> Any:
+        """Logits [B, num_classes] float32 of normalised images [B, H, W, C].
+
+        With num_classes=0, the vector that the classifier would see. With `features`, names of `spec.taps()`, a pair:
+        the logits, and a dict of those maps. Training mode updates `batch_stats` (make them mutable) and draws from
+        the key "dropout". Raises ValueError for images of another shape and unknown feature names.
+        """
+        spec = self.spec
+        if images.ndim != 4 or images.shape[-1] != spec.in_channels:
+            raise ValueError(f"images are {images.shape}; valid: [batch, height, width, {spec.in_channels}]")
+        taps = spec.taps()
+        for name in features:
+            check_choice("feature", name, tuple(taps))
+        conv, norm, dense = self._layers()
+        running = not train or self.freeze_stats
+        maps, x, wide = {}, images, None
+        for i, (name, row, channels) in enumerate(spec.rows()):
+            op = row.ops(channels)[0]
+            if not op.pooled:
+                op.output_size(x.shape[1], x.shape[2], spec.padding)  # says so if the image is too small
+            if isinstance(row, ConvRow):
+                x = ConvNorm(op, conv, norm, name=name)(x, use_running_average=running)
+            elif isinstance(row, InvertedResidual):
+                rate = spec.drop_path * i / len(spec.blocks)
+                block = self._remat(InvertedResidualBlock, (3, 4))(
+                    row, channels, spec.shortcut, rate, conv, norm, dense, name=name
+                )
+                x, wide = block(x, wide, running, not train)
+            else:
+                block = self._remat(SeparableBlock, (2,))(row, channels, conv, norm, name=name)
+                x = block(x, running)
+            maps[name] = x
+        logits = self._classify(x, dense, train=train)
+        return (logits, {name: maps[taps[name]] for name in features}) if features else logits
+
+    def _layers(self) -> tuple[Callable[..., nn.Module], ...]:
+        """Convolution, norm and dense layer with everything that is the same all over the network bound."""
+        dtype = DTYPES[self.dtype]
+        conv = functools.partial(
+            Conv, spec=self.spec, dtype=dtype, lowering=self.lowering, depthwise_impl=self.depthwise_impl
+        )
+        norm = functools.partial(Norm if self.lowering == "auto" else PlainNorm, spec=self.spec)
+        return conv, norm, functools.partial(Dense, spec=self.spec, dtype=dtype)
+
+    def _remat(self, block: type[nn.Module], static: tuple[int, ...]) -> Callable[..., nn.Module]:
+        return nn.remat(block, static_argnums=static) if self.remat else block
+
+    def _classify(self, x: jax.Array, dense: Callable[..., nn.Module], *, train: bool) -> jax.Array:
+        spec = self.spec
+        x = spatial_mean(x)
+        if spec.hidden:
+            x = ACTIVATIONS[spec.hidden_activation](dense(filters=spec.hidden, name="hidden")(x))
+        # Logits, and what stands in for them, are float32 whatever the network computes in.
+        wide_dtype = jnp.promote_types(x.dtype, jnp.float32)
+        x = x.astype(wide_dtype)
+        if not spec.num_classes:
+            return x
+        x = nn.Dropout(spec.dropout, deterministic=not train)(x)
+        return Dense(spec.num_classes, spec, wide_dtype, name="classifier")(x)
+
+
+def create_model(
+    name: str,
+    *,
+    width: float = 1.0,
+    num_classes: int = 1000,
+    convention: str = "keras",
+    dtype: str = "float32",
+    lowering: str = "auto",
+    depthwise_impl: str = "auto",
+    remat: bool = False,
+    freeze_stats: bool = False,
+    **options: object,
+) -> MobileNet:
+    """The module `name` (see `zoo.MODELS`) at a width, as the framework of `convention` builds it.
+
+    `options` are those of `spec.OPTIONS`: activation, projection_activation, shortcut, expansion, se_ratio,
+    se_rounding, se_gate, head_width, stride_one, output_stride, init, dropout, drop_path, bn_decay, bn_epsilon.
+    Raises ValueError, in one sentence with the valid values, for an unknown name or an impossible value.
+    """
+    spec = make_spec(name, width=width, num_classes=num_classes, convention=convention, **options)
+    return MobileNet(
+        spec,
+        dtype=dtype,
+        lowering=lowering,
+        depthwise_impl=depthwise_impl,
+        remat=remat,
+        freeze_stats=freeze_stats,
+    )

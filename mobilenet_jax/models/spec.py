@@ -1,0 +1,476 @@
+"""Architectures as data: rows, the network they form, and functions from one network to another. No JAX here.
+
+A `Spec` is a network with every integer resolved. It is walked twice: by `network.py`, which builds modules, and by
+`cost.py`, which counts. Both see the same `Op`s, so what is counted is what runs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+ACTIVATIONS = ("linear", "relu", "relu6", "hard_swish")
+PADDINGS = ("same", "symmetric", "keras_v1")
+SHORTCUTS = ("bottleneck", "expansion", "none")
+SE_GATES = ("hard_sigmoid", "sigmoid", "hard_swish")
+SE_ROUNDINGS = ("div8", "int")
+INITS = ("he", "slim")
+
+
+def check_choice(key: str, value: object, valid: tuple) -> None:
+    """Raise ValueError naming `key` and the valid values unless `value` is one of them."""
+    if value not in valid:
+        raise ValueError(f"{key} is {value!r}; valid: {', '.join(map(str, valid))}")
+
+
+def check_share(key: str, value: float, *, below: float = 1.0) -> None:
+    """Raise ValueError unless 0 <= value < below."""
+    if not 0 <= value < below:
+        raise ValueError(f"{key} is {value}; valid: from 0 to below {below:g}")
+
+
+def make_divisible(value: float, divisor: int = 8) -> int:
+    """Round to the nearest multiple of `divisor`, at least one, and never below 90% of `value`.
+
+    Source: `make_divisible` of tensorflow/models slim `mobilenet.py`, shared by Keras, timm and torchvision.
+    """
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def pads(size: int, kernel: int, stride: int, dilation: int, padding: str) -> tuple[int, int]:
+    """Zeros (before, after) along one axis of `size` pixels.
+
+    `same` is TensorFlow's rule, `symmetric` PyTorch's (k - 1) // 2, `end` the (0, 1) of Keras' MobileNet V1.
+    """
+    reach = dilation * (kernel - 1)
+    if padding == "same":
+        total = max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
+        return total // 2, total - total // 2
+    if padding == "symmetric":
+        return reach // 2, reach // 2
+    return 0, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """One convolution as it runs, with the batch norm and activation behind it."""
+
+    name: str  # path inside its row: "expand", "se/reduce"
+    in_channels: int
+    filters: int
+    kernel: int = 1
+    stride: int = 1
+    dilation: int = 1
+    depthwise: bool = False
+    norm: bool = True  # batch norm instead of a bias
+    activation: str = "linear"
+    pooled: bool = False  # runs on the spatial mean: squeeze-excite, the layers behind the pooling
+
+    @property
+    def groups(self) -> int:
+        """Channel groups: one a channel in a depthwise convolution."""
+        return self.in_channels if self.depthwise else 1
+
+    @property
+    def params(self) -> int:
+        """Trainable elements: kernel, and batch norm's scale and offset or the bias."""
+        kernel = self.kernel**2 * self.in_channels // self.groups * self.filters
+        return kernel + self.filters * (2 if self.norm else 1)
+
+    def pads(self, height: int, width: int, padding: str) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Zeros ((top, bottom), (left, right)) for a map of `height` x `width`."""
+        if padding == "keras_v1":
+            padding = "end" if self.depthwise and self.stride == 2 else "same"
+        return tuple(pads(n, self.kernel, self.stride, self.dilation, padding) for n in (height, width))  # pyright: ignore[reportReturnType]
+
+    def output_size(self, height: int, width: int, padding: str) -> tuple[int, int]:
+        """Height and width behind the op; ValueError where nothing would be left."""
+        reach = self.dilation * (self.kernel - 1)
+        before_after = self.pads(height, width, padding)
+        out = tuple(
+            (n + sum(p) - reach - 1) // self.stride + 1
+            for n, p in zip((height, width), before_after, strict=True)
+        )
+        if min(out) < 1:
+            raise ValueError(f"a map of {height}x{width} is too small for {self.name}: use a larger image_size")
+        return out[0], out[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv:
+    """A full convolution, batch norm, activation: the stem and the last 1x1."""
+
+    filters: int
+    kernel: int = 3
+    stride: int = 1
+    dilation: int = 1
+    activation: str = "relu6"
+
+    def __post_init__(self):
+        _check_row(self)
+
+    def ops(self, in_channels: int) -> tuple[Op, ...]:
+        """The convolution alone; its name is empty, for it has the row's own."""
+        return (
+            Op(
+                name="",
+                in_channels=in_channels,
+                filters=self.filters,
+                kernel=self.kernel,
+                stride=self.stride,
+                dilation=self.dilation,
+                activation=self.activation,
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Separable:
+    """V1's block: depthwise, then pointwise, each with batch norm and activation (1704.04861, Fig. 3)."""
+
+    filters: int
+    kernel: int = 3
+    stride: int = 1
+    dilation: int = 1
+    activation: str = "relu6"
+
+    def __post_init__(self):
+        _check_row(self)
+
+    def ops(self, in_channels: int) -> tuple[Op, ...]:
+        """Depthwise and pointwise."""
+        return (
+            _depthwise(self, in_channels),
+            Op(name="pointwise", in_channels=in_channels, filters=self.filters, activation=self.activation),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SqueezeExcite:
+    """Channel gates from the spatial mean: reduce, ReLU, expand, gate (1905.02244, sec. 5.3)."""
+
+    ratio: float = 0.25
+    rounding: str = "div8"
+    gate: str = "hard_sigmoid"
+
+    def __post_init__(self):
+        check_choice("se_rounding", self.rounding, SE_ROUNDINGS)
+        check_choice("se_gate", self.gate, SE_GATES)
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"se_ratio is {self.ratio}; valid: above 0, up to 1 (0 removes squeeze-excite)")
+
+    def channels(self, expanded: int) -> int:
+        """Reduced channels for `expanded` ones."""
+        if self.rounding == "div8":
+            return make_divisible(expanded * self.ratio)
+        return max(1, int(expanded * self.ratio))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvertedResidual:
+    """V2's and V3's block: expand, depthwise, squeeze-excite, project (1801.04381 Table 1, 1905.02244 Fig. 4)."""
+
+    expanded: int
+    filters: int
+    expands: bool = True  # false: no expansion convolution, `expanded` is the input's width
+    kernel: int = 3
+    stride: int = 1
+    dilation: int = 1
+    activation: str = "relu6"
+    projection_activation: str = "linear"
+    se: SqueezeExcite | None = None
+    skip: bool = True  # may have a residual, where stride and channels allow one
+
+    def __post_init__(self):
+        _check_row(self)
+        check_choice("projection_activation", self.projection_activation, ACTIVATIONS)
+
+    def has_residual(self, in_channels: int) -> bool:
+        """Whether input and output can be added, and the table adds them."""
+        return self.skip and self.stride == 1 and in_channels == self.filters
+
+    def ops(self, in_channels: int) -> tuple[Op, ...]:
+        """Expansion, depthwise, the two of squeeze-excite, projection: those the row has, in order."""
+        ops = []
+        if self.expands:
+            expand = Op(
+                name="expand", in_channels=in_channels, filters=self.expanded, activation=self.activation
+            )
+            ops.append(expand)
+        ops.append(_depthwise(self, self.expanded))
+        if self.se:
+            reduced = self.se.channels(self.expanded)
+            squeeze = Op(
+                name="se/reduce", in_channels=self.expanded, filters=reduced, norm=False, pooled=True
+            )
+            ops += [squeeze, replace(squeeze, name="se/expand", in_channels=reduced, filters=self.expanded)]
+        project = Op(
+            name="project",
+            in_channels=self.expanded,
+            filters=self.filters,
+            activation=self.projection_activation,
+        )
+        return (*ops, project)
+
+
+Row = Conv | Separable | InvertedResidual
+
+
+def _depthwise(row: Separable | InvertedResidual, channels: int) -> Op:
+    return Op(
+        name="depthwise",
+        in_channels=channels,
+        filters=channels,
+        kernel=row.kernel,
+        stride=row.stride,
+        dilation=row.dilation,
+        depthwise=True,
+        activation=row.activation,
+    )
+
+
+def _check_row(row: Row) -> None:
+    check_choice("activation", row.activation, ACTIVATIONS)
+    if row.filters < 1 or row.kernel < 1 or row.kernel % 2 == 0 or row.stride not in (1, 2) or row.dilation < 1:
+        raise ValueError(f"impossible row {row}: filters >= 1, odd kernel, stride 1 or 2, dilation >= 1 are valid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A whole network: stem, blocks, head (before the pooling), hidden layer (behind it), classifier."""
+
+    name: str
+    stem: Conv
+    blocks: tuple[Row, ...]
+    head: Conv | None
+    hidden: int = 0  # units of the biased layer between pooling and classifier; 0: none
+    hidden_activation: str = "linear"
+    num_classes: int = 1000  # 0: no classifier
+    in_channels: int = 3
+    padding: str = "same"
+    bn_epsilon: float = 1e-3
+    bn_decay: float = 0.99  # share of the running statistics kept at each step
+    shortcut: str = "bottleneck"
+    dropout: float = 0.2
+    drop_path: float = 0.0  # drop rate of the last block's residual branch; earlier ones have less, linearly
+    init: str = "he"
+    slim_stddev: float = 0.09  # of init="slim"
+    hidden_is_conv: bool = False  # how the framework of the convention stores the layer: a 1x1 convolution ...
+    classifier_is_conv: bool = False  # ... or a dense one; the numbers are the same
+
+    def __post_init__(self):
+        check_choice("padding", self.padding, PADDINGS)
+        check_choice("shortcut", self.shortcut, SHORTCUTS)
+        check_choice("init", self.init, INITS)
+        for key, value in (("dropout", self.dropout), ("drop_path", self.drop_path)):
+            check_share(key, value)
+        check_share("bn_decay", self.bn_decay)
+        if self.bn_epsilon <= 0:
+            raise ValueError(f"bn_epsilon is {self.bn_epsilon}; valid: above 0")
+        if self.num_classes < 0 or self.hidden < 0:
+            raise ValueError("num_classes and head_width cannot be negative; num_classes=0 removes the classifier")
+
+    def rows(self) -> Iterator[tuple[str, Row, int]]:
+        """(name, row, input channels) from the stem to the head; the names are the modules' paths."""
+        channels = self.in_channels
+        head = [("head", self.head)] if self.head else []
+        blocks = [(f"block_{i:02d}", row) for i, row in enumerate(self.blocks)]
+        for name, row in [("stem", self.stem), *blocks, *head]:
+            yield name, row, channels
+            channels = row.filters
+
+    def tail_ops(self) -> tuple[Op, ...]:
+        """The layers behind the pooling: hidden and classifier, those there are."""
+        channels = (self.head or self.blocks[-1]).filters
+        ops = []
+        if self.hidden:
+            hidden = Op(name="hidden", in_channels=channels, filters=self.hidden, norm=False, pooled=True)
+            ops.append(replace(hidden, activation=self.hidden_activation))
+            channels = self.hidden
+        if self.num_classes:
+            ops.append(
+                Op(
+                    name="classifier",
+                    in_channels=channels,
+                    filters=self.num_classes,
+                    norm=False,
+                    pooled=True,
+                )
+            )
+        return tuple(ops)
+
+    def taps(self) -> dict[str, str]:
+        """Feature name -> row: `stem`, the last row of each stride, and `final`, the pooling's input."""
+        taps, stride, last = {"stem": "stem"}, 1, "stem"
+        for name, row, _ in self.rows():
+            if name != "head":
+                stride *= row.stride
+                taps[f"stride{stride}"] = name
+            last = name
+        return {**taps, "final": last}
+
+
+def map_rows(spec: Spec, change: Callable[[Row], Row]) -> Spec:
+    """The spec with `change` applied to stem, blocks and head."""
+    head = change(spec.head) if spec.head else None
+    blocks = tuple(change(row) for row in spec.blocks)
+    return replace(spec, stem=change(spec.stem), blocks=blocks, head=head)  # pyright: ignore[reportArgumentType]
+
+
+def _map_inverted(spec: Spec, option: str, change: Callable[[InvertedResidual], InvertedResidual]) -> Spec:
+    if not any(isinstance(row, InvertedResidual) for row in spec.blocks):
+        raise ValueError(f"{option} does not apply to {spec.name}: it has no inverted residual blocks")
+    return map_rows(spec, lambda row: change(row) if isinstance(row, InvertedResidual) else row)
+
+
+def with_activation(spec: Spec, activation: str) -> Spec:
+    """One activation wherever the table has one; linear projections and squeeze-excite stay."""
+    spec = map_rows(spec, lambda row: replace(row, activation=activation))
+    return replace(spec, hidden_activation=activation) if spec.hidden else spec
+
+
+def with_projection_activation(spec: Spec, activation: str) -> Spec:
+    """`linear` is V2's linear bottleneck, `relu6` the ablation of 1801.04381 Fig. 6a."""
+    change = lambda row: replace(row, projection_activation=activation)  # noqa: E731
+    return _map_inverted(spec, "projection_activation", change)
+
+
+def with_shortcut(spec: Spec, shortcut: str) -> Spec:
+    """Where residuals go: between bottlenecks, between expansions, nowhere (1801.04381 Fig. 6b).
+
+    `expansion` adds a block's activated depthwise output to the next block's activated expansion where their channels
+    agree, which they do as often as the bottlenecks'.
+    """
+    return replace(_map_inverted(spec, "shortcut", lambda row: row), shortcut=shortcut)
+
+
+def with_expansion(spec: Spec, factor: float) -> Spec:
+    """One expansion factor for every row that expands; factor 1 leaves their expansion convolution out."""
+    if factor <= 0:
+        raise ValueError(f"expansion is {factor}; valid: above 0")
+    spec = _map_inverted(spec, "expansion", lambda row: row)
+    blocks, channels = [], spec.stem.filters
+    for row in spec.blocks:
+        if isinstance(row, InvertedResidual) and row.expands:
+            expanded = channels if factor == 1 else make_divisible(factor * channels)
+            row = replace(row, expanded=expanded, expands=factor != 1)  # noqa: PLW2901
+        blocks.append(row)
+        channels = row.filters
+    return replace(spec, blocks=tuple(blocks))
+
+
+def with_se_ratio(spec: Spec, ratio: float) -> Spec:
+    """Reduced over expanded channels where the table has squeeze-excite, everywhere if it has none; 0 removes it."""
+    everywhere = not any(isinstance(row, InvertedResidual) and row.se for row in spec.blocks)
+
+    def change(row: InvertedResidual) -> InvertedResidual:
+        if ratio == 0 or not (row.se or everywhere):
+            return replace(row, se=None)
+        return replace(row, se=replace(row.se or SqueezeExcite(), ratio=ratio))
+
+    return _map_inverted(spec, "se_ratio", change)
+
+
+def _with_se_field(option: str, field: str) -> Callable[[Spec, str], Spec]:
+    def with_field(spec: Spec, value: str) -> Spec:
+        if not any(isinstance(row, InvertedResidual) and row.se for row in spec.blocks):
+            raise ValueError(f"{option} does not apply to {spec.name}: it has no squeeze-excite; set se_ratio")
+        change = lambda row: replace(row, se=replace(row.se, **{field: value}) if row.se else None)  # noqa: E731
+        return _map_inverted(spec, option, change)
+
+    return with_field
+
+
+def with_head_width(spec: Spec, width: int) -> Spec:
+    """Channels of the last layer before the classifier: V3's hidden layer, V2's last 1x1; V1 has neither."""
+    if width < 1:
+        raise ValueError(f"head_width is {width}; valid: 1 or more")
+    if spec.hidden:
+        return replace(spec, hidden=width)
+    if spec.head is None:
+        raise ValueError(f"head_width does not apply to {spec.name}: its classifier sees the last block")
+    return replace(spec, head=replace(spec.head, filters=width))
+
+
+def with_stride_one(spec: Spec, which: tuple[int, ...]) -> Spec:
+    """Stride 1 in the given stride-2 rows, counted from the stem (0): small images keep useful maps.
+
+    (0,) is what the CIFAR versions of V1 do: 32 px arrive at the pooling as 2x2 instead of 1x1.
+    """
+    count = sum(row.stride == 2 for _, row, _ in spec.rows())
+    if bad := [i for i in which if i not in range(count)]:
+        raise ValueError(f"stride_one has {bad[0]}; {spec.name} has {count} stride-2 rows: 0 to {count - 1} are valid")
+    seen = iter(range(count))
+
+    def change(row: Row) -> Row:
+        return _without_stride(row) if row.stride == 2 and next(seen) in which else row
+
+    stem = change(spec.stem)
+    return replace(spec, stem=stem, blocks=tuple(change(row) for row in spec.blocks))  # pyright: ignore[reportArgumentType]
+
+
+def _without_stride(row: Row, **changes: int) -> Row:
+    if isinstance(row, InvertedResidual):
+        # A row that had no residual because of its stride does not gain one: the weights are those of the table.
+        return replace(row, stride=1, skip=False, **changes)
+    return replace(row, stride=1, **changes)
+
+
+def with_output_stride(spec: Spec, output_stride: int) -> Spec:
+    """Dilation instead of the strides beyond `output_stride`, same weights (1801.04381 sec. 6.3; slim's rule).
+
+    The row whose stride is taken away keeps the dilation so far; those behind it have it doubled.
+    """
+    check_choice("output_stride", output_stride, (8, 16, 32))
+    stride, dilation, blocks = spec.stem.stride, 1, []
+    for row in spec.blocks:
+        if row.stride == 2 and stride == output_stride:
+            blocks.append(_without_stride(row, dilation=dilation))
+            dilation *= 2
+        else:
+            # A 1x1 kernel has nothing to dilate.
+            blocks.append(replace(row, dilation=dilation if row.kernel > 1 else 1))
+            stride *= row.stride
+    return replace(spec, blocks=tuple(blocks))
+
+
+def _with_field(field: str) -> Callable[..., Spec]:
+    return lambda spec, value: replace(spec, **{field: value})
+
+
+# What `create_model`, the config's model section and the command line can change, in the order of application:
+# squeeze-excite is sized after the expansion, and dilation follows the strides.
+OPTIONS: dict[str, Callable[..., Spec]] = {
+    "activation": with_activation,
+    "projection_activation": with_projection_activation,
+    "shortcut": with_shortcut,
+    "expansion": with_expansion,
+    "se_ratio": with_se_ratio,
+    "se_rounding": _with_se_field("se_rounding", "rounding"),
+    "se_gate": _with_se_field("se_gate", "gate"),
+    "head_width": with_head_width,
+    "stride_one": with_stride_one,
+    "output_stride": with_output_stride,
+    "init": _with_field("init"),
+    "dropout": _with_field("dropout"),
+    "drop_path": _with_field("drop_path"),
+    "bn_decay": _with_field("bn_decay"),
+    "bn_epsilon": _with_field("bn_epsilon"),
+}
+
+
+def apply_options(spec: Spec, **options: object) -> Spec:
+    """The spec with every option that is not None applied; ValueError for an unknown or impossible one."""
+    for key in options:
+        check_choice("model option", key, tuple(OPTIONS))
+    for key, change in OPTIONS.items():
+        if options.get(key) is not None:
+            spec = change(spec, options[key])
+    return spec
+
+
+def to_json(spec: Spec) -> dict:
+    """The spec as plain data: what travels with weights and checkpoints."""
+    rows = [{"name": name, "kind": type(row).__name__, **dataclasses.asdict(row)} for name, row, _ in spec.rows()]
+    fields = dataclasses.asdict(spec)
+    return {**{k: v for k, v in fields.items() if k not in ("stem", "blocks", "head")}, "rows": rows}

@@ -1,0 +1,32 @@
+"""Every architecture by name, JAX-free: the one dict that configs, the command line and `create_model` read."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from mobilenet_jax.models import v1, v2, v3
+from mobilenet_jax.models.spec import Spec, apply_options, check_choice
+
+MODELS: dict[str, Callable[..., Spec]] = {
+    "mobilenet_v1": v1.mobilenet_v1,
+    "mobilenet_v2": v2.mobilenet_v2,
+    "mobilenet_v3_large": v3.mobilenet_v3_large,
+    "mobilenet_v3_small": v3.mobilenet_v3_small,
+    "mobilenet_v3_large_minimalistic": v3.mobilenet_v3_large_minimalistic,
+    "mobilenet_v3_small_minimalistic": v3.mobilenet_v3_small_minimalistic,
+}
+CONVENTIONS = ("keras", "timm", "timm_tf", "torchvision")
+
+
+def make_spec(
+    name: str, *, width: float = 1.0, num_classes: int = 1000, convention: str = "keras", **options: object
+) -> Spec:
+    """The network `name` as the framework of `convention` builds it, with options of `spec.OPTIONS` applied.
+
+    Raises ValueError, in one sentence with the valid values, for an unknown name, convention, option or value.
+    """
+    check_choice("model name", name, tuple(MODELS))
+    check_choice("convention", convention, CONVENTIONS)
+    if not width > 0:
+        raise ValueError(f"width is {width}; valid: above 0")
+    spec = MODELS[name](width=width, convention=convention)
+    return apply_options(replace(spec, num_classes=num_classes), **options)
