@@ -97,8 +97,8 @@ def get_config() -> ml_collections.ConfigDict:
     optim.epsilon = 1e-8  # adamw: beside the root; rmsprop: inside it
     optim.l2 = 0.0  # L2 in the loss: l2 * sum(w^2) / 2
     optim.weight_decay = 0.0  # decoupled, times the learning rate
-    optim.decay_rules = (("(conv|dense|classifier|reduce|expand)/kernel$", 1.0), (".*", 0.0))
     # (pattern, factor) on parameter paths, first match wins: scales l2 and weight_decay
+    optim.decay_rules = (("kernel$", 1.0), (".*", 0.0))
     optim.freeze = ()  # patterns of parameter paths that are not trained
     optim.clip_norm = 0.0  # largest global gradient norm; 0: no clipping
 

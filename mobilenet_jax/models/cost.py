@@ -36,7 +36,9 @@ class Cost:
     """Totals of a network on one image, in the columns of the published counts."""
 
     ops: tuple[OpCost, ...]
-    channels: tuple[int, ...]  # output channels of every convolution in running order, the framework's dense left out
+    channels: tuple[
+        int, ...
+    ]  # output channels of every convolution in running order, the framework's dense left out
     inference_elements: int  # largest set of activations alive at once in inference
     training_elements: int  # activations kept for the backward pass
 

@@ -36,7 +36,9 @@ def depthwise_conv(
     return lax.platform_dependent(images, kernel, cpu=shifted, default=grouped)
 
 
-def grouped_conv(images: jax.Array, kernel: jax.Array, *, stride: int, pads: Pads, dilation: int) -> jax.Array:
+def grouped_conv(
+    images: jax.Array, kernel: jax.Array, *, stride: int, pads: Pads, dilation: int
+) -> jax.Array:
     """The textbook form: `feature_group_count` equal to the channels."""
     return lax.conv_general_dilated(
         images,
@@ -147,7 +149,7 @@ def _window(images, top, left, stride, size):
 
 
 def _weighted_sum(terms):
-    products = (window * weight for window, weight in terms)
+    products = (window * weight[None, None, None, :] for window, weight in terms)
     return functools.reduce(jnp.add, products)
 
 

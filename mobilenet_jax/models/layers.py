@@ -92,7 +92,12 @@ class Norm(nn.Module):
 
 def _affine(x, factor, shift, activation):
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return ACTIVATIONS[activation](x.astype(dtype) * factor + shift).astype(x.dtype)
+    return ACTIVATIONS[activation](x.astype(dtype) * _wide(factor) + _wide(shift)).astype(x.dtype)
+
+
+def _wide(channels):
+    """[C] beside [B, H, W, C]."""
+    return channels[None, None, None, :]
 
 
 def _moments(x):
@@ -119,14 +124,15 @@ def _normalise_backward(epsilon, activation, residuals, gradients):
     x, scale, bias, mean, var = residuals
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     inverse = lax.rsqrt(var + epsilon)
-    centred = (x.astype(dtype) - mean) * inverse
+    centred = (x.astype(dtype) - _wide(mean)) * _wide(inverse)
     # Recomputing the activation's input from x is cheaper than keeping it.
-    _, pull = jax.vjp(ACTIVATIONS[activation], centred * scale + bias)
+    _, pull = jax.vjp(ACTIVATIONS[activation], centred * _wide(scale) + _wide(bias))
     (gradient,) = pull(gradients[0].astype(dtype))
     bias_gradient = jnp.sum(gradient, axis=(0, 1, 2))
     scale_gradient = jnp.sum(gradient * centred, axis=(0, 1, 2))
     count = x.size // x.shape[-1]
-    x_gradient = scale * inverse * (gradient - bias_gradient / count - centred * (scale_gradient / count))
+    through_moments = _wide(bias_gradient / count) + centred * _wide(scale_gradient / count)
+    x_gradient = _wide(scale * inverse) * (gradient - through_moments)
     return x_gradient.astype(x.dtype), scale_gradient, bias_gradient
 
 
@@ -162,7 +168,9 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, use_running_average: bool) -> jax.Array:
         x = self.conv(op=self.op, name="conv")(x)
-        return self.norm(activation=self.op.activation, name="norm")(x, use_running_average=use_running_average)
+        return self.norm(activation=self.op.activation, name="norm")(
+            x, use_running_average=use_running_average
+        )
 
 
 class Dense(nn.Module):
@@ -177,7 +185,7 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.filters)
         kernel = self.param("kernel", make_kernel_init(self.path, self.spec), shape)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:])
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)[None, :]
 
 
 class SqueezeExcite(nn.Module):

@@ -92,7 +92,10 @@ class Op:
             for n, p in zip((height, width), before_after, strict=True)
         )
         if min(out) < 1:
-            raise ValueError(f"a map of {height}x{width} is too small for {self.name}: use a larger image_size")
+            raise ValueError(
+                f"a map of {height}x{width} is too small for a {self.kernel}x{self.kernel} convolution "
+                f"of stride {self.stride}: use a larger image_size"
+            )
         return out[0], out[1]
 
 
@@ -231,8 +234,16 @@ def _depthwise(row: Separable | InvertedResidual, channels: int) -> Op:
 
 def _check_row(row: Row) -> None:
     check_choice("activation", row.activation, ACTIVATIONS)
-    if row.filters < 1 or row.kernel < 1 or row.kernel % 2 == 0 or row.stride not in (1, 2) or row.dilation < 1:
-        raise ValueError(f"impossible row {row}: filters >= 1, odd kernel, stride 1 or 2, dilation >= 1 are valid")
+    if (
+        row.filters < 1
+        or row.kernel < 1
+        or row.kernel % 2 == 0
+        or row.stride not in (1, 2)
+        or row.dilation < 1
+    ):
+        raise ValueError(
+            f"impossible row {row}: filters >= 1, odd kernel, stride 1 or 2, dilation >= 1 are valid"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +266,9 @@ class Spec:
     drop_path: float = 0.0  # drop rate of the last block's residual branch; earlier ones have less, linearly
     init: str = "he"
     slim_stddev: float = 0.09  # of init="slim"
-    hidden_is_conv: bool = False  # how the framework of the convention stores the layer: a 1x1 convolution ...
+    hidden_is_conv: bool = (
+        False  # how the framework of the convention stores the layer: a 1x1 convolution ...
+    )
     classifier_is_conv: bool = False  # ... or a dense one; the numbers are the same
 
     def __post_init__(self):
@@ -267,8 +280,8 @@ class Spec:
         check_share("bn_decay", self.bn_decay)
         if self.bn_epsilon <= 0:
             raise ValueError(f"bn_epsilon is {self.bn_epsilon}; valid: above 0")
-        if self.num_classes < 0 or self.hidden < 0:
-            raise ValueError("num_classes and head_width cannot be negative; num_classes=0 removes the classifier")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes is {self.num_classes}; valid: 0 (no classifier) or more")
 
     def rows(self) -> Iterator[tuple[str, Row, int]]:
         """(name, row, input channels) from the stem to the head; the names are the modules' paths."""
@@ -374,7 +387,9 @@ def with_se_ratio(spec: Spec, ratio: float) -> Spec:
 def _with_se_field(option: str, field: str) -> Callable[[Spec, str], Spec]:
     def with_field(spec: Spec, value: str) -> Spec:
         if not any(isinstance(row, InvertedResidual) and row.se for row in spec.blocks):
-            raise ValueError(f"{option} does not apply to {spec.name}: it has no squeeze-excite; set se_ratio")
+            raise ValueError(
+                f"{option} does not apply to {spec.name}: it has no squeeze-excite; set se_ratio"
+            )
         change = lambda row: replace(row, se=replace(row.se, **{field: value}) if row.se else None)  # noqa: E731
         return _map_inverted(spec, option, change)
 
@@ -399,7 +414,9 @@ def with_stride_one(spec: Spec, which: tuple[int, ...]) -> Spec:
     """
     count = sum(row.stride == 2 for _, row, _ in spec.rows())
     if bad := [i for i in which if i not in range(count)]:
-        raise ValueError(f"stride_one has {bad[0]}; {spec.name} has {count} stride-2 rows: 0 to {count - 1} are valid")
+        raise ValueError(
+            f"stride_one has {bad[0]}; {spec.name} has {count} stride-2 rows: 0 to {count - 1} are valid"
+        )
     seen = iter(range(count))
 
     def change(row: Row) -> Row:
@@ -471,6 +488,8 @@ def apply_options(spec: Spec, **options: object) -> Spec:
 
 def to_json(spec: Spec) -> dict:
     """The spec as plain data: what travels with weights and checkpoints."""
-    rows = [{"name": name, "kind": type(row).__name__, **dataclasses.asdict(row)} for name, row, _ in spec.rows()]
+    rows = [
+        {"name": name, "kind": type(row).__name__, **dataclasses.asdict(row)} for name, row, _ in spec.rows()
+    ]
     fields = dataclasses.asdict(spec)
     return {**{k: v for k, v in fields.items() if k not in ("stem", "blocks", "head")}, "rows": rows}

@@ -46,7 +46,7 @@ def mobilenet_v1(*, width: float, convention: str) -> Spec:
     """V1 at a width, as the framework of `convention` builds it; ValueError where no channel would be left."""
     scale = _SCALE[convention]
     if scale(STEM * width) < 1:
-        raise ValueError(f"width is {width}: the stem would have no channel; valid: above {1 / STEM}")
+        raise ValueError(f"width is {width}: the stem would have no channel; valid: from {1 / STEM}")
     return Spec(
         name="mobilenet_v1",
         stem=Conv(filters=scale(STEM * width), stride=2),

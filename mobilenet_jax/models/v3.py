@@ -106,7 +106,9 @@ _TORCHVISION = _WidthRule(
 _RULES = {"keras": _KERAS, "timm": _TIMM, "timm_tf": _TIMM, "torchvision": _TORCHVISION}
 
 
-def _blocks(table: _Table, *, width: float, convention: str, minimalistic: bool) -> tuple[InvertedResidual, ...]:
+def _blocks(
+    table: _Table, *, width: float, convention: str, minimalistic: bool
+) -> tuple[InvertedResidual, ...]:
     rule = _RULES[convention]
     blocks, table_input, channels = [], STEM, rule.stem(width)
     for i, row in enumerate(table.rows):

@@ -1,5 +1,6 @@
 """Every architecture by name, JAX-free: the one dict that configs, the command line and `create_model` read."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -26,7 +27,7 @@ def make_spec(
     """
     check_choice("model name", name, tuple(MODELS))
     check_choice("convention", convention, CONVENTIONS)
-    if not width > 0:
-        raise ValueError(f"width is {width}; valid: above 0")
+    if not 0 < width < math.inf:
+        raise ValueError(f"width is {width}; valid: finite, above 0")
     spec = MODELS[name](width=width, convention=convention)
     return apply_options(replace(spec, num_classes=num_classes), **options)

@@ -1,0 +1,137 @@
+"""What a data set needs of a config: its images, and for the small ones a recipe that fits them.
+
+`apply` is called by every recipe file; `:imagenet` keeps the paper's own training, set in that file.
+"""
+
+import ml_collections
+
+
+def apply(config: ml_collections.ConfigDict, dataset: str) -> None:
+    """Set the data section, and for small sets the training; ValueError for an unknown name."""
+    if dataset not in DATASETS:
+        raise ValueError(f"there is no variant {dataset!r}; valid: {', '.join(DATASETS)}")
+    config.name = f"{config.model.name}_{dataset}"
+    DATASETS[dataset](config)
+
+
+def _short_training(config: ml_collections.ConfigDict, *, epochs: float) -> None:
+    """A recipe for short runs on small sets, the same for every network; its values were chosen on digits."""
+    config.optim.name = "sgd"
+    config.optim.nesterov = True
+    config.optim.lr_per_256 = 0.4
+    config.optim.schedule = "cosine"
+    config.optim.warmup_epochs = epochs / 10
+    config.optim.l2 = 1e-4
+    config.optim.decay_rules = (("kernel$", 1.0), (".*", 0.0))
+    config.optim.clip_norm = 5.0  # the first steps of a network without running statistics are rough
+    config.train.epochs = epochs
+    config.model.bn_decay = 0.9  # a short run needs statistics that follow quickly
+    config.model.init = "he"
+    config.ema.decay = 0.99
+
+
+def _digits(config: ml_collections.ConfigDict) -> None:
+    """1,437 + 360 handwritten digits of 8x8, in the package: about a minute and a half on two cores."""
+    _short_training(config, epochs=20.0)
+    config.model.width = 0.5
+    config.model.stride_one = (0,)  # 32 px: the last maps are 2x2
+    data = config.data
+    data.source = "digits"
+    data.image_size = 32
+    data.batch_size = 64
+    data.crop = "pad"
+    data.pad = 3
+
+
+def _fashion_mnist(config: ml_collections.ConfigDict) -> None:
+    """60,000 + 10,000 grey images of 28x28, through TFDS: about 20 minutes on two cores."""
+    _short_training(config, epochs=10.0)
+    config.model.width = 0.5
+    config.model.stride_one = (0,)
+    config.train.label_smoothing = 0.1
+    config.train.log_every_steps = 50
+    config.ema.decay = 0.998
+    data = config.data
+    data.source = "tfds:fashion_mnist"
+    data.image_size = 32
+    data.batch_size = 128
+    data.eval_batch_size = 500
+    data.crop = "pad"
+    data.pad = 3
+    data.flip = True
+
+
+def _cifar10(config: ml_collections.ConfigDict) -> None:
+    """50,000 + 10,000 colour images of 32x32, through TFDS: an accelerator's work."""
+    _short_training(config, epochs=100.0)
+    config.model.stride_one = (0, 1)  # the last maps are 4x4
+    config.train.label_smoothing = 0.1
+    config.train.log_every_steps = 50
+    config.ema.decay = 0.999
+    data = config.data
+    data.source = "tfds:cifar10"
+    data.image_size = 32
+    data.batch_size = 256
+    data.eval_batch_size = 500
+    data.crop = "pad"
+    data.pad = 4
+    data.flip = True
+
+
+def _uc_merced(config: ml_collections.ConfigDict) -> None:
+    """2,100 aerial photographs of 256 px in 21 classes, through TFDS; it has no test split: 30% are held out."""
+    _short_training(config, epochs=100.0)
+    config.train.label_smoothing = 0.1
+    config.train.eval_every_epochs = 5.0
+    config.ema.decay = 0.99
+    data = config.data
+    data.source = "tfds:uc_merced"
+    data.holdout = 0.3
+    data.image_size = 224
+    data.batch_size = 32
+    data.eval_batch_size = 64
+    data.crop = "inception"
+    data.area_range = (0.35, 1.0)  # land use fills the frame: small crops lose the class
+    data.flip = True
+
+
+def _folder(config: ml_collections.ConfigDict) -> None:
+    """Your own images, `data.path`; sized for about a thousand of them on two cores."""
+    _short_training(config, epochs=30.0)
+    config.model.width = 0.35
+    config.train.label_smoothing = 0.1
+    config.train.eval_every_epochs = 5.0
+    data = config.data
+    data.source = "folder"
+    data.image_size = 96
+    data.batch_size = 64
+    data.crop = "inception"
+    data.area_range = (0.35, 1.0)
+    data.flip = True
+    data.color_jitter = 0.3
+
+
+def _imagenet(config: ml_collections.ConfigDict) -> None:
+    """1,281,167 + 50,000 photographs, through TFDS; Inception preprocessing as all the papers name it."""
+    data = config.data
+    data.source = "tfds:imagenet2012"
+    data.image_size = 224
+    data.eval_batch_size = 1000
+    data.workers = 8  # processes that decode; about one for each 300 images/s
+    data.crop = "inception"
+    data.flip = True
+    data.crop_share = 0.875  # slim inception_preprocessing.py, preprocess_for_eval
+    data.interpolation = "bilinear"
+    data.mean = (127.5, 127.5, 127.5)  # slim: x / 127.5 - 1
+    data.std = (127.5, 127.5, 127.5)
+    config.train.log_every_steps = 100
+
+
+DATASETS = {
+    "digits": _digits,
+    "fashion_mnist": _fashion_mnist,
+    "cifar10": _cifar10,
+    "uc_merced": _uc_merced,
+    "folder": _folder,
+    "imagenet": _imagenet,
+}

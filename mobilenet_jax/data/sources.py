@@ -1,0 +1,361 @@
+"""Where images come from: the embedded digits, TFDS sets, folders, and random pixels.
+
+A source is a sequence of records that reads nothing before it is asked; decoding is `decode.py`'s.
+"""
+
+import hashlib
+import importlib.resources
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from mobilenet_jax.data.decode import UnreadableImageError
+
+SPLITS = ("train", "test", "holdout")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Record(NamedTuple):
+    """One labelled image, not yet decoded where it is stored encoded."""
+
+    image: np.ndarray | bytes | Path  # uint8[H, W, 3], or the bytes or the path of an image file
+    label: int  # index into the source's class_names
+    name: str  # what messages call it: its file, or its set and number
+
+
+class Source(Protocol):
+    """A split of a data set: a picklable sequence of records."""
+
+    name: str
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+class DataInfo(NamedTuple):
+    """What a run needs to know of its data before it reads any."""
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    train_count: int  # images training sees, without the holdout
+    eval_count: int  # images evaluation sees
+
+
+def open_source(data_config, split: str) -> Source:
+    """Opens a split of config.data.source.
+
+    `holdout` is the share data.holdout of the training images, the same ones whatever the run's seed; `train`
+    is the rest. `test` of a TFDS set is its test split, else (or where its test labels are withheld) its
+    validation split; `test` of a folder is its folder test, else val, else a fifth of the files, chosen by a
+    hash of CLASS/FILE.
+
+    Args:
+      data_config: config.data of configs/base.py.
+      split: train | test | holdout.
+
+    Raises:
+      ValueError: a source that is unknown, not prepared, empty or ill-formed, in one sentence.
+      FileNotFoundError: data.path is no folder.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
+    kind, _, argument = data_config.source.partition(":")
+    if kind not in SOURCES:
+        raise ValueError(
+            f"data.source is {data_config.source!r}; it must be digits, tfds:NAME, folder, or fake:N."
+        )
+    if not 0 <= data_config.holdout < 1:
+        raise ValueError(f"data.holdout is {data_config.holdout!r}; it must be at least 0 and below 1.")
+    source = SOURCES[kind](data_config, argument, "test" if split == "test" else "train")
+    return source if split == "test" else _part(source, split, data_config.holdout)
+
+
+def eval_split(data_config) -> str:
+    """The split that evaluation sees: holdout where there is one, else test."""
+    return "holdout" if data_config.holdout > 0 else "test"
+
+
+def describe(data_config) -> DataInfo:
+    """Classes and counts of config.data, from listings and headers alone.
+
+    Raises:
+      ValueError: as `open_source`.
+    """
+    train = open_source(data_config, "train")
+    evaluation = open_source(data_config, eval_split(data_config))
+    return DataInfo(len(train.class_names), train.class_names, len(train), len(evaluation))
+
+
+class _Part:
+    """The records of a source at the given indices."""
+
+    def __init__(self, source: Source, indices: np.ndarray, *, name: str):
+        self.name, self.class_names = name, source.class_names
+        self._source, self._indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[int(self._indices[index])]
+
+
+def _part(source: Source, split: str, share: float) -> Source:
+    if share == 0 and split == "train":
+        return source
+    # RandomState, because its streams are frozen for good, unlike those of Generator.
+    order = np.random.RandomState(0).permutation(len(source))
+    count = round(share * len(source))
+    if not 0 < count < len(source):
+        raise ValueError(
+            f"data.holdout is {share!r}, which leaves {count} of the {len(source)} images of {source.name} "
+            f"held out and {len(source) - count} to train on; neither may be 0."
+        )
+    indices = np.sort(order[:count] if split == "holdout" else order[count:])
+    return _Part(source, indices, name=f"{source.name} ({split})")
+
+
+class _Digits:
+    """The 1,797 8x8 digits that scikit-learn ships (UCI Optical Recognition of Handwritten Digits).
+
+    1,437 train, 360 test: sklearn's train_test_split(test_size=0.2, stratify=labels, random_state=0), stored.
+    """
+
+    def __init__(self, data_config, argument: str, split: str):
+        if argument:
+            raise ValueError(f"data.source is 'digits:{argument}'; digits takes no argument.")
+        with importlib.resources.files("mobilenet_jax.data").joinpath("digits.npz").open("rb") as file:
+            stored = np.load(file)
+            chosen = stored["is_test"] == (split == "test")
+            grey, self._labels = stored["images"][chosen], stored["labels"][chosen]
+        # 17 grey levels, 0..16, to 0..255.
+        self._images = np.round(grey[..., None].repeat(3, axis=-1) * (255 / 16)).astype(np.uint8)
+        self.name = f"digits {split}"
+        self.class_names = tuple(str(i) for i in range(10))
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(self._images[index], int(self._labels[index]), f"{self.name} image {index}")
+
+
+class _Fake:
+    """Random images of data.image_size pixels and data.num_classes classes, a function of split and index."""
+
+    def __init__(self, data_config, argument: str, split: str):
+        if not argument.isdecimal() or int(argument) == 0:
+            raise ValueError(f"data.source is 'fake:{argument}'; fake needs a count, as in fake:1024.")
+        if data_config.num_classes < 1:
+            raise ValueError(f"data.num_classes is {data_config.num_classes!r}; it must be at least 1.")
+        self.name = f"fake {split}"
+        self.class_names = tuple(f"class {i}" for i in range(data_config.num_classes))
+        self._count, self._size, self._stream = int(argument), data_config.image_size, int(split == "test")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Record:
+        rng = np.random.default_rng((self._stream, index))
+        label = int(rng.integers(len(self.class_names)))
+        image = rng.integers(256, size=(self._size, self._size, 3), dtype=np.uint8)
+        return Record(image, label, f"{self.name} image {index}")
+
+
+class _Folder:
+    """Image files in one folder a class."""
+
+    def __init__(self, data_config, argument: str, split: str):
+        if argument:
+            raise ValueError(f"data.source is 'folder:{argument}'; the folder itself goes into data.path.")
+        root = Path(data_config.path)
+        if not data_config.path or not root.is_dir():
+            raise FileNotFoundError(
+                f"data.path is {data_config.path!r}; it must be a folder of train/CLASS/*.jpg "
+                "or of CLASS/*.jpg."
+            )
+        if (root / "train").is_dir() and _subfolders(root / "train"):
+            files = _list_split(root, split)
+        else:  # one folder, even one with a class called train
+            files = {
+                label: [file for file in paths if _is_test(file) == (split == "test")]
+                for label, paths in _list_classes(root).items()
+            }
+        self.name = f"{root} {split}"
+        self.class_names = tuple(files)
+        self._files = [(file, label) for label, paths in enumerate(files.values()) for file in paths]
+        if not self._files:
+            raise ValueError(f"data.path: {root} has no image for its {split} split; add images.")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Record:
+        file, label = self._files[index]
+        return Record(file, label, str(file))
+
+
+def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
+    """The files of root/train or of root/test (else root/val), which must have the same classes."""
+    train = _list_classes(root / "train")
+    test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if test_root is None:
+        if split == "train":
+            return train
+        raise ValueError(
+            f"data.path: {root} has train/ but neither test/ nor val/ beside it; "
+            "add one, or set data.holdout."
+        )
+    test = _list_classes(test_root)
+    if odd := sorted(train.keys() ^ test.keys()):
+        raise ValueError(
+            f"data.path: {root / 'train'} and {test_root} must have the same class folders; "
+            f"only one of them has {', '.join(odd)}."
+        )
+    return train if split == "train" else test
+
+
+def _list_classes(root: Path) -> dict[str, list[Path]]:
+    """The image files of each class folder of `root`, both sorted by name."""
+    classes = {
+        folder.name: sorted(file for file in folder.iterdir() if _is_image(file))
+        for folder in _subfolders(root)
+    }
+    if not classes:
+        raise ValueError(f"data.path: {root} has no class folders; it needs CLASS/*.jpg, one folder a class.")
+    for name, files in classes.items():
+        if not files:
+            raise ValueError(
+                f"data.path: the class folder {root / name} has no image; it needs files ending in "
+                f"{', '.join(SUFFIXES)}."
+            )
+    return classes
+
+
+def _subfolders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")  # macOS leaves ._NAME.jpg
+
+
+def _is_test(file: Path) -> bool:
+    """Whether a file of an unsplit folder is a test image: a fifth is, by the hash of CLASS/FILE.
+
+    Stable when files are added, and across machines: file systems differ in how they compose accents: NFC.
+    """
+    name = unicodedata.normalize("NFC", f"{file.parent.name}/{file.name}")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < 2**64 / 5
+
+
+class _Tfds:
+    """A split of a prepared TFDS set, read record by record from its array_record files."""
+
+    def __init__(self, data_config, argument: str, split: str):
+        builder = _find_builder(argument, data_config.data_dir)
+        image, label = _find_features(argument, builder.info)
+        self._image_key, self._label_key = image, label
+        self.class_names = tuple(builder.info.features[label].names)
+        wanted = ("train",) if split == "train" else ("test", "validation")
+        present = [name for name in wanted if name in builder.info.splits]
+        for name in present:
+            self.name = f"{argument} {name}"
+            self._records = _read_split(builder, name, image)
+            # Some sets publish a test split whose labels are withheld and stored as -1 (imagenet2012).
+            if len(self._records) and self[0].label >= 0:
+                return
+        problem = f"{' and '.join(present)} holds 0 labelled records" if present else "there is none"
+        raise ValueError(
+            f"data.source: 'tfds:{argument}' must have records in a split named {' or '.join(wanted)}, "
+            f"but {problem} (it has {', '.join(builder.info.splits)}; data.holdout evaluates on a share "
+            "of train)."
+        )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        name = f"{self.name} record {index}"
+        try:
+            record = self._records[index]
+        except (RuntimeError, OSError, IndexError) as error:  # what array_record's readers raise
+            raise UnreadableImageError(f"{name} cannot be read: {error}") from error
+        image, label = record[self._image_key], record[self._label_key]
+        if image is None:  # what TFDS makes of the nothing that a reader without records returns
+            raise UnreadableImageError(f"{name} cannot be read: its file holds fewer records than listed.")
+        return Record(image, int(label), name)
+
+
+def _find_builder(name: str, data_dir: str) -> Any:
+    """The TFDS builder of a set that is prepared under data_dir."""
+    if "://" in data_dir:
+        raise ValueError(
+            f"data.data_dir is {data_dir!r}; array_record reads 0 records from such a path, so copy the set "
+            "to a local folder or mount the bucket with gcsfuse."
+        )
+    # Here, because it takes its time and only this source needs it.
+    from tensorflow_datasets.core import read_only_builder, registered
+
+    try:
+        # From the files alone: the code that generates a set is not needed, and may import TensorFlow.
+        return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
+    except registered.DatasetNotFoundError as error:
+        to = f" --data_dir={data_dir}" if data_dir else ""
+        raise ValueError(
+            f"data.source: the set '{name}' is not prepared in {data_dir or 'the default folder of TFDS'}; "
+            f"prepare it with `pip install tensorflow` and `tfds build {name} --file_format=array_record{to}`"
+            "; training itself needs no TensorFlow."
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"data.source is 'tfds:{name}'; write a set as tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:VERSION."
+        ) from error
+
+
+def _find_features(name: str, info: Any) -> tuple[str, str]:
+    """The keys of a set's image and class label."""
+    import tensorflow_datasets as tfds
+
+    features = dict(info.features)
+    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    keys = tuple(info.supervised_keys or (*images[:1], *labels[:1]))
+    if len(keys) < 2 or keys[0] not in images or keys[1] not in labels:
+        raise ValueError(
+            f"data.source: 'tfds:{name}' is not an image-classification set; it has the features "
+            f"{', '.join(features)}, and an Image with a ClassLabel is needed."
+        )
+    return keys[0], keys[1]
+
+
+def _read_split(builder: Any, split: str, image_key: str) -> Any:
+    """The records of a split, with the image left encoded."""
+    import tensorflow_datasets as tfds
+
+    if builder.info.splits[split].num_examples == 0:
+        return ()
+    try:
+        return builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
+    except NotImplementedError as error:  # prepared in a format without random access
+        folder = Path(builder.data_dir)
+        raise ValueError(
+            f"data.source: {folder} holds {builder.info.file_format.value} files, which cannot be read at "
+            f"random; convert them with `pip install tensorflow` and `tfds convert_format "
+            f"--dataset_version_dir={folder} --out_file_format=array_record` (training itself needs no "
+            "TensorFlow)."
+        ) from error
+
+
+# By what comes before the colon of data.source: (config.data, what comes after it, train | test) -> source.
+SOURCES: dict[str, Callable[[Any, str, str], Source]] = {
+    "digits": _Digits,
+    "tfds": _Tfds,
+    "folder": _Folder,
+    "fake": _Fake,
+}

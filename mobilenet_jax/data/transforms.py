@@ -1,0 +1,326 @@
+"""Resizing, cropping and augmentation of single images: uint8 in, uint8 out.
+
+Every random transform takes its generator as an argument, so that an example's augmentation is a function of
+its place in the run and of nothing else. Normalisation, mixup and cutmix are the training step's, on the
+device.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+CROPS = ("inception", "pad", "resize")
+
+
+def resize_and_center_crop(
+    image: np.ndarray, size: int, *, crop_share: float, interpolation: str
+) -> np.ndarray:
+    """Resizes the shorter side to round(size / crop_share) pixels and keeps the central size x size.
+
+    Both happen in one antialiased pass over the kept region, so that an extremely long image costs no more
+    than a square one; the region is centred to a fraction of a pixel.
+
+    Args:
+      image: uint8[H, W, 3].
+      size: pixels of the result's sides.
+      crop_share: side of the crop over the resized shorter side, in (0, 1].
+      interpolation: a name in INTERPOLATIONS.
+
+    Returns:
+      uint8[size, size, 3].
+    """
+    height, width = image.shape[:2]
+    side = min(height, width) * size / round(size / crop_share)
+    left, top = (width - side) / 2, (height - side) / 2
+    if (left, top, side) == (0, 0, size):
+        return image
+    box = (left, top, left + side, top + side)
+    return np.asarray(Image.fromarray(image).resize((size, size), INTERPOLATIONS[interpolation], box=box))
+
+
+def crop_inception(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    area_range: tuple[float, float],
+    aspect_range: tuple[float, float],
+    interpolation: str,
+) -> np.ndarray:
+    """Crops a random rectangle and resizes it to size x size (Szegedy et al. 2015, section 6).
+
+    Area is uniform in area_range (share of the image's), width over height log-uniform in aspect_range. After
+    10 rectangles that do not fit, the largest central one of an allowed aspect is taken, as torchvision does.
+
+    Args:
+      image: uint8[H, W, 3].
+      rng: the example's generator.
+      size: pixels of the result's sides.
+      area_range: smallest and largest share.
+      aspect_range: smallest and largest aspect.
+      interpolation: a name in INTERPOLATIONS.
+
+    Returns:
+      uint8[size, size, 3].
+    """
+    left, top, width, height = draw_crop(
+        image.shape[:2], rng, area_range=area_range, aspect_range=aspect_range
+    )
+    crop = Image.fromarray(image[top : top + height, left : left + width])
+    return np.asarray(crop.resize((size, size), INTERPOLATIONS[interpolation]))
+
+
+def draw_crop(
+    shape: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    area_range: tuple[float, float],
+    aspect_range: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """The rectangle of `crop_inception` in an image of shape (H, W): left, top, width, height in pixels."""
+    height, width = shape
+    for _ in range(10):
+        area = height * width * rng.uniform(*area_range)
+        aspect = math.exp(rng.uniform(math.log(aspect_range[0]), math.log(aspect_range[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    aspect = min(max(width / height, aspect_range[0]), aspect_range[1])
+    w, h = max(1, min(width, round(height * aspect))), max(1, min(height, round(width / aspect)))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def shift(image: np.ndarray, rng: np.random.Generator, *, pad: int) -> np.ndarray:
+    """Moves uint8[H, W, 3] by up to `pad` pixels each way over black: pad and crop of He et al. 2015, 4.2."""
+    height, width = image.shape[:2]
+    dy, dx = rng.integers(-pad, pad + 1, size=2)
+    moved = np.zeros_like(image)
+    moved[max(dy, 0) : height + dy, max(dx, 0) : width + dx] = image[
+        max(-dy, 0) : height - dy, max(-dx, 0) : width - dx
+    ]
+    return moved
+
+
+def jitter_color(image: np.ndarray, rng: np.random.Generator, *, strength: float) -> np.ndarray:
+    """Changes brightness, contrast and saturation of uint8[H, W, 3] in random order.
+
+    Each by its own factor, uniform in [max(0, 1 - strength), 1 + strength], as torchvision's ColorJitter.
+    """
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    pixels = Image.fromarray(image)
+    for i in rng.permutation(len(enhancers)):
+        pixels = enhancers[i](pixels).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    return np.asarray(pixels)
+
+
+def erase(image: np.ndarray, rng: np.random.Generator, *, probability: float) -> np.ndarray:
+    """Overwrites a random rectangle of uint8[H, W, 3] with noise, at times (Zhong et al. 2017).
+
+    Area in 0.02..0.33 of the image, aspect log-uniform in 0.3..3.3 as torchvision's RandomErasing, with 10
+    tries; the noise is drawn for each pixel and channel, as timm's mode "pixel".
+    """
+    if rng.random() >= probability:
+        return image
+    height, width = image.shape[:2]
+    for _ in range(10):
+        area = height * width * rng.uniform(0.02, 0.33)
+        aspect = math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < h < height and 0 < w < width:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            erased = image.copy()
+            erased[top : top + h, left : left + w] = rng.integers(256, size=(h, w, 3), dtype=np.uint8)
+            return erased
+    return image
+
+
+def _move(
+    matrix: Callable[[float, int, int], tuple[float, ...]],
+) -> Callable[[Image.Image, float], Image.Image]:
+    """An operation that moves pixels by matrix(level, width, height), over AutoAugment's grey."""
+
+    def apply(image: Image.Image, level: float) -> Image.Image:
+        data = matrix(level, image.width, image.height)
+        return image.transform(
+            image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)
+        )
+
+    return apply
+
+
+# RandAugment's operations as functions of (image, level in -1..1): the list and the ranges of torchvision's
+# RandAugment, which are those of AutoAugment's table 6 (arXiv 1805.09501). Level 1 is magnitude 10.
+OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "identity": lambda image, level: image,
+    "shear_x": _move(lambda level, w, h: (1, 0.3 * level, 0, 0, 1, 0)),
+    "shear_y": _move(lambda level, w, h: (1, 0, 0, 0.3 * level, 1, 0)),
+    "translate_x": _move(lambda level, w, h: (1, 0, 150 / 331 * w * level, 0, 1, 0)),
+    "translate_y": _move(lambda level, w, h: (1, 0, 0, 0, 1, 150 / 331 * h * level)),
+    "rotate": lambda image, level: image.rotate(
+        30 * level, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)
+    ),
+    "brightness": lambda image, level: ImageEnhance.Brightness(image).enhance(1 + 0.9 * level),
+    "color": lambda image, level: ImageEnhance.Color(image).enhance(1 + 0.9 * level),
+    "contrast": lambda image, level: ImageEnhance.Contrast(image).enhance(1 + 0.9 * level),
+    "sharpness": lambda image, level: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * level),
+    "posterize": lambda image, level: ImageOps.posterize(image, 8 - round(4 * abs(level))),
+    "solarize": lambda image, level: ImageOps.solarize(image, round(255 * (1 - abs(level)))),
+    "autocontrast": lambda image, level: ImageOps.autocontrast(image),
+    "equalize": lambda image, level: ImageOps.equalize(image),
+}
+
+
+def apply_randaugment(
+    image: np.ndarray, rng: np.random.Generator, *, layers: int, magnitude: float, probability: float
+) -> np.ndarray:
+    """RandAugment (Cubuk et al. 2019): `layers` random OPERATIONS in a row.
+
+    Args:
+      image: uint8[H, W, 3].
+      rng: the example's generator.
+      layers: operations drawn, uniformly and with replacement.
+      magnitude: 0..10, the same for all; the sign is drawn where an operation has one.
+      probability: of each drawn operation being applied (1 in the paper, 0.5 in timm).
+
+    Returns:
+      uint8[H, W, 3].
+    """
+    operations = tuple(OPERATIONS.values())
+    pixels = Image.fromarray(image)
+    for _ in range(layers):
+        operation, sign = operations[rng.integers(len(operations))], rng.choice((-1, 1))
+        if rng.random() < probability:
+            pixels = operation(pixels, sign * magnitude / 10)
+    return np.asarray(pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """What evaluation does to an image: `resize_and_center_crop`. Fields are keys of config.data."""
+
+    image_size: int
+    crop_share: float
+    interpolation: str
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """uint8[H, W, 3] to uint8[S, S, 3]."""
+        return resize_and_center_crop(
+            image, self.image_size, crop_share=self.crop_share, interpolation=self.interpolation
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """What training does to an image: `prepare`, the same each time, then `augment`.
+
+    Fields are keys of config.data. The two are apart so that a set that fits in memory is prepared once.
+    """
+
+    image_size: int
+    crop_share: float
+    interpolation: str
+    crop: str
+    area_range: tuple[float, float]
+    aspect_range: tuple[float, float]
+    pad: int
+    flip: bool
+    color_jitter: float
+    randaugment_layers: int
+    randaugment_magnitude: float
+    randaugment_probability: float
+    erasing: float
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """uint8[H, W, 3] to uint8[S, S, 3] as evaluation has it; unchanged where the crop is random."""
+        if self.crop == "inception":
+            return image
+        return resize_and_center_crop(
+            image, self.image_size, crop_share=self.crop_share, interpolation=self.interpolation
+        )
+
+    def augment(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A prepared image to uint8[S, S, 3]; never writes to its argument."""
+        if self.crop == "inception":
+            image = crop_inception(
+                image,
+                rng,
+                size=self.image_size,
+                area_range=self.area_range,
+                aspect_range=self.aspect_range,
+                interpolation=self.interpolation,
+            )
+        elif self.crop == "pad":
+            image = shift(image, rng, pad=self.pad)
+        if self.flip and rng.random() < 0.5:
+            image = image[:, ::-1]
+        if self.color_jitter:
+            image = jitter_color(image, rng, strength=self.color_jitter)
+        if self.randaugment_layers:
+            image = apply_randaugment(
+                image,
+                rng,
+                layers=self.randaugment_layers,
+                magnitude=self.randaugment_magnitude,
+                probability=self.randaugment_probability,
+            )
+        if self.erasing:
+            image = erase(image, rng, probability=self.erasing)
+        return image
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """uint8[H, W, 3] to uint8[S, S, 3]."""
+        return self.augment(self.prepare(image), rng)
+
+
+def make_eval_transform(data_config) -> EvalTransform:
+    """The transform f(image uint8[H, W, 3]) -> uint8[S, S, 3] of evaluation.
+
+    Raises:
+      ValueError: an impossible value of config.data, in one sentence.
+    """
+    _check(data_config)
+    return EvalTransform(**_fields(EvalTransform, data_config))
+
+
+def make_train_transform(data_config) -> TrainTransform:
+    """The transform f(image uint8[H, W, 3], rng) -> uint8[S, S, 3] of training.
+
+    Raises:
+      ValueError: an impossible value of config.data, in one sentence.
+    """
+    _check(data_config)
+    return TrainTransform(**_fields(TrainTransform, data_config))
+
+
+def _fields(kind: type, data_config) -> dict:
+    return {field.name: data_config[field.name] for field in dataclasses.fields(kind)}
+
+
+def _check(data_config) -> None:
+    c = data_config
+    area, aspect = tuple(c.area_range), tuple(c.aspect_range)
+    rules = (
+        ("image_size", c.image_size >= 1, "a positive number of pixels"),
+        ("crop", c.crop in CROPS, f"one of {', '.join(CROPS)}"),
+        ("interpolation", c.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
+        ("crop_share", 0 < c.crop_share <= 1, "above 0 and at most 1"),
+        ("area_range", len(area) == 2 and 0 < area[0] <= area[1] <= 1, "two rising shares above 0, up to 1"),
+        ("aspect_range", len(aspect) == 2 and 0 < aspect[0] <= aspect[1], "two rising numbers above 0"),
+        (
+            "pad",
+            c.pad >= 0 and (c.crop != "pad" or c.pad < c.image_size),
+            "at least 0, and with data.crop = 'pad' below data.image_size, pixels",
+        ),
+        ("color_jitter", c.color_jitter >= 0, "at least 0"),
+        ("randaugment_layers", c.randaugment_layers >= 0, "at least 0"),
+        ("randaugment_magnitude", 0 <= c.randaugment_magnitude <= 10, "in 0..10"),
+        ("randaugment_probability", 0 <= c.randaugment_probability <= 1, "in 0..1"),
+        ("erasing", 0 <= c.erasing <= 1, "in 0..1"),
+    )
+    for key, valid, expected in rules:
+        if not valid:
+            raise ValueError(f"data.{key} is {c[key]!r}; it must be {expected}.")

@@ -1,0 +1,104 @@
+"""Cross-entropy with label smoothing, and the mixing of images (mixup, cutmix) inside the jitted step."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def softmax_cross_entropy(logits: jax.Array, targets: jax.Array, *, label_smoothing: float) -> jax.Array:
+    """Cross-entropy of each example, in float32 whatever the dtype of the logits.
+
+    Args:
+      logits: [B, K].
+      targets: classes [B] of an integer dtype, or probabilities [B, K], as `mix_batch` makes them.
+      label_smoothing: e in (1 - e) * target + e / K, for both kinds of targets; in [0, 1).
+        Szegedy et al. 2016 (1512.00567), section 7.
+
+    Returns:
+      [B], float32: a mean over examples, or over those that a mask selects, is the caller's.
+
+    Raises:
+      ValueError: the targets are neither of the two kinds, or the smoothing is out of range.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"train.label_smoothing is {label_smoothing}; valid is a share from 0 up to, not including, 1"
+        )
+    if targets.shape == logits.shape[:1] and jnp.issubdtype(targets.dtype, jnp.integer):
+        targets = jax.nn.one_hot(targets, logits.shape[-1])
+    elif targets.shape != logits.shape or not jnp.issubdtype(targets.dtype, jnp.floating):
+        raise ValueError(
+            f"targets of shape {targets.shape} and type {targets.dtype} do not fit logits of shape "
+            f"{logits.shape}; valid are integer classes [B] or probabilities [B, K]"
+        )
+    smooth = optax.smooth_labels(targets.astype(jnp.float32), label_smoothing)
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), smooth)
+
+
+def mix_batch(
+    key: jax.Array,
+    images: jax.Array,
+    labels_onehot: jax.Array,
+    *,
+    mixup: float,
+    cutmix: float,
+    probability: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Mixes every image with its partner in the reversed batch, by mixup or by cutmix.
+
+    One draw serves the whole batch, as timm's `Mixup(mode="batch")` does. Where both alphas are set, each of
+    the two is drawn half of the time. Mixup (1710.09412) keeps a share lambda ~ Beta(alpha, alpha) of each
+    image. Cutmix (1905.04899) pastes a box of the partner, with sides sqrt(1 - lambda) of the image's,
+    centred uniformly and clipped at the border, and gives the labels the share of the pixels that in fact
+    stayed.
+
+    Args:
+      key: of this step.
+      images: [B, H, W, C], float.
+      labels_onehot: [B, K], float.
+      mixup: alpha of Beta(alpha, alpha); 0: off. A Python number, as the next two: it decides what is traced.
+      cutmix: alpha of Beta(alpha, alpha); 0: off.
+      probability: share of the steps that mix at all.
+
+    Returns:
+      The mixed images and labels, in the shapes given.
+
+    Raises:
+      ValueError: an alpha is negative or the probability is outside [0, 1].
+    """
+    if not (mixup >= 0 and cutmix >= 0):
+        raise ValueError(f"data.mixup is {mixup} and data.cutmix is {cutmix}; valid is 0 (off) or more")
+    if not 0 <= probability <= 1:
+        raise ValueError(f"data.mix_probability is {probability}; valid is 0 to 1")
+    if not (mixup or cutmix):
+        return images, labels_onehot
+    apply_key, kind_key, mixup_key, cutmix_key = jax.random.split(key, 4)
+    height, width = images.shape[1:3]
+    kept = jnp.ones((height, width))  # of each pixel of the image itself; the rest is the partner's
+    if mixup:
+        kept = kept * jax.random.beta(mixup_key, mixup, mixup)
+    if cutmix:
+        outside = 1 - _draw_box(cutmix_key, height, width, alpha=cutmix)
+        use_cutmix = jax.random.bernoulli(kind_key, 0.5 if mixup else 1.0)
+        kept = jnp.where(use_cutmix, outside, kept)
+    kept = jnp.where(jax.random.bernoulli(apply_key, probability), kept, 1.0)
+    share = kept.mean()  # mixup: lambda itself; cutmix: lambda after the clipping of the box
+    kept = kept[None, :, :, None]
+    return (
+        kept * images + (1 - kept) * images[::-1],
+        share * labels_onehot + (1 - share) * labels_onehot[::-1],
+    )
+
+
+def _draw_box(key: jax.Array, height: int, width: int, *, alpha: float) -> jax.Array:
+    """A mask [H, W] of float32 ones in a random box, by the integer arithmetic of timm's `rand_bbox`."""
+    lambda_key, y_key, x_key = jax.random.split(key, 3)
+    ratio = jnp.sqrt(1 - jax.random.beta(lambda_key, alpha, alpha))
+
+    def inside(key: jax.Array, size: int) -> jax.Array:
+        half = (size * ratio).astype(jnp.int32) // 2
+        centre = jax.random.randint(key, (), 0, size)
+        position = jnp.arange(size)
+        return (position >= centre - half) & (position < centre + half)
+
+    return (inside(y_key, height)[:, None] & inside(x_key, width)[None, :]).astype(jnp.float32)

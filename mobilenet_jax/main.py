@@ -1,0 +1,176 @@
+"""Train or evaluate a MobileNet: python -m mobilenet_jax.main --config configs/v2.py [--config.KEY=VALUE ...]
+
+The same command continues a run that was stopped, and prints the result of one that is finished.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+_START = time.perf_counter()
+
+
+class UsageError(ValueError):
+    """A command line that cannot be obeyed, in one sentence."""
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(flags, overrides): the overrides are the --config.KEY=VALUE arguments, wherever they stand."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mobilenet_jax.main",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="--config.KEY=VALUE overrides a key of the config, as --config.train.epochs=5; "
+        "configs/base.py lists all keys",
+    )
+    parser.add_argument("--config", required=True, help="a config file, with an argument as FILE:ARGUMENT")
+    parser.add_argument("--workdir", help="where checkpoints, metrics and figures go; default: runs/NAME")
+    parser.add_argument("--mode", choices=("train", "eval"), default="train", help="default: train")
+    parser.add_argument(
+        "--compilation_cache",
+        default=os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/mobilenet_jax"),
+        help="folder of compiled programs, or off; default: %(default)s",
+    )
+    parser.add_argument("--distributed", action="store_true", help="find the cluster (TPU pod, SLURM) and join it")
+    parser.add_argument("--coordinator_address", help="HOST:PORT of process 0, to join by hand")
+    parser.add_argument("--num_processes", type=int, help="with --coordinator_address")
+    parser.add_argument("--process_id", type=int, help="with --coordinator_address")
+    return parser.parse_args([a for a in argv if not _is_override(a)]), [a for a in argv if _is_override(a)]
+
+
+def _is_override(argument: str) -> bool:
+    return argument.startswith("--config.")
+
+
+def load_config(path: str, overrides: list[str]):
+    """The locked config of a file `path[:argument]` with overrides applied.
+
+    Raises UsageError, naming what would be valid, for a missing file, a misspelt key or a value of another type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    file = Path(path.split(":")[0])
+    if not file.is_file():
+        known = ", ".join(sorted(str(p) for p in file.parent.glob("*.py") if p.stem not in ("base", "datasets")))
+        raise UsageError(f"{file} is not a file; valid: {known or 'the path of a config file'}")
+    # Config files import each other as `configs.NAME`, from wherever the command runs.
+    sys.path.insert(0, str(file.absolute().parent.parent))
+
+    def read(arguments: list[str]):
+        command = ["main", f"--config={path}", *arguments]
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=command)
+        values(command)
+        return values.config
+
+    try:
+        config = read([])
+    except (AttributeError, ImportError, SyntaxError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    for override in overrides:
+        _check_override(config, override)
+    try:
+        return read(overrides)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UsageError(f"{' '.join(overrides)}: {error}") from error
+
+
+def _check_override(config, override: str) -> None:
+    name, equals, _ = override.partition("=")
+    if not equals:
+        raise UsageError(f"{override} has no value; write {override}=VALUE")
+    section, walked = config, "--config"
+    for part in name.split(".")[1:]:
+        # A section, or a leaf that something is asked of.
+        keys = sorted(section.keys()) if hasattr(section, "keys") else []
+        if part not in keys:
+            close = difflib.get_close_matches(part, keys, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise UsageError(f"{walked} has no key {part!r}{hint}; valid: {', '.join(keys) or 'none, it is a value'}")
+        section, walked = section[part], f"{walked}.{part}"
+    if hasattr(section, "keys"):
+        raise UsageError(f"{walked} is a section; set one of its keys: {', '.join(sorted(section.keys()))}")
+
+
+def configure_jax(flags: argparse.Namespace) -> None:
+    """Join the other processes, if any, and keep compiled programs on disk."""
+    import jax
+
+    if flags.compilation_cache != "off":
+        jax.config.update("jax_compilation_cache_dir", str(Path(flags.compilation_cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if flags.coordinator_address:
+        jax.distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
+    elif flags.distributed:
+        jax.distributed.initialize()
+
+
+def show_own_messages() -> None:
+    """Notes of this package on stderr; of the libraries below it, warnings and errors alone."""
+    from absl import logging as absl_logging
+
+    package = str(Path(__file__).parent) + os.sep
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.pathname.startswith(package))
+    logging.basicConfig(format="%(message)s", handlers=[handler], force=True)
+    absl_logging.set_verbosity(absl_logging.INFO)
+
+
+def run(flags: argparse.Namespace, config) -> int:
+    """Train or evaluate; return the exit code."""
+    from mobilenet_jax.data.decode import UnreadableImageError
+    from mobilenet_jax.train import NonFiniteError, Run
+
+    show_own_messages()
+    configure_jax(flags)
+    workdir = flags.workdir or f"runs/{config.name}"
+    if not flags.workdir:
+        print(f"workdir: {workdir}", file=sys.stderr)
+    imported = time.perf_counter() - _START
+    try:
+        prepared = Run(config, workdir)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    with prepared:
+        prepared.seconds = {"import": imported, **prepared.seconds}
+        if flags.mode == "eval":
+            print(json.dumps(prepared.evaluate()))
+            return 0
+        if prepared.start_step:
+            print(f"continuing {workdir} from step {prepared.start_step:,}", file=sys.stderr)
+        try:
+            result = prepared.train()
+        except (NonFiniteError, UnreadableImageError) as error:
+            print(error, file=sys.stderr)
+            return 1
+    if "stopped" in result:
+        print(f"{result['stopped']}: saved at step {result['step']:,}; the same command continues", file=sys.stderr)
+        return 0
+    print(
+        f"result of {workdir}: top1 {result['top1']:.4f}, loss {result['loss']:.4f}, on {result['count']} images, "
+        f"{result['variables']} variables of step {result['step']:,}",
+        file=sys.stderr,
+    )
+    print(json.dumps(result))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; return the exit code: 0, 1 for a run that failed, 2 for a command that cannot be obeyed."""
+    flags, overrides = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(flags, load_config(flags.config, overrides))
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""Learning-rate schedules and optimizers from `config.optim`, and rules on parameter paths.
+
+Everything is optax underneath; what is added is the arithmetic of the recipes: TensorFlow's RMSProp, stairs
+counted from the first step, decay by rules on paths.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import logging
+
+
+def make_schedule(
+    optim_config, *, batch_size: int, steps_per_epoch: float, total_steps: int
+) -> optax.Schedule:
+    """The learning rate at each step, counted from 0.
+
+    The peak is lr_per_256 * batch_size / 256 (the linear rule of 1706.02677). The warm-up is linear from 0 to
+    what the schedule has where the warm-up ends, as `LinearWarmup` of TensorFlow's official models: no jump.
+
+    Args:
+      optim_config: `config.optim`.
+      batch_size: images a step, over all devices and hosts.
+      steps_per_epoch: training images / batch_size; need not be whole.
+      total_steps: the step at which the cosine reaches 0.
+
+    Returns:
+      A function from a step (int or traced) to a learning rate, float32.
+
+    Raises:
+      ValueError: a key of `config.optim` has an impossible value.
+    """
+    check_config(optim_config)
+    peak = optim_config.lr_per_256 * batch_size / 256
+    warmup = optim_config.warmup_epochs * steps_per_epoch
+    if warmup >= total_steps:
+        logging.warning(
+            "optim.warmup_epochs: the warm-up of %g steps outlasts the %d of the run", warmup, total_steps
+        )
+    after = SCHEDULES[optim_config.schedule](optim_config, peak, warmup, steps_per_epoch, total_steps)
+    if not warmup:
+        return after
+    return lambda step: jnp.where(step < warmup, step / warmup * after(warmup), after(step))
+
+
+def _cosine(_, peak, warmup, __, total_steps) -> optax.Schedule:
+    decay = optax.cosine_decay_schedule(peak, max(total_steps - warmup, 1))
+    return lambda step: decay(step - warmup)
+
+
+def _staircase(optim_config, peak, _, steps_per_epoch, __) -> optax.Schedule:
+    decay_steps = optim_config.decay_epochs * steps_per_epoch
+    return optax.exponential_decay(peak, decay_steps, optim_config.decay_factor, staircase=True)
+
+
+def _constant(_, peak, *__) -> optax.Schedule:
+    return optax.constant_schedule(peak)
+
+
+# From (config.optim, peak, warm-up steps, steps per epoch, steps in all) to the schedule behind the warm-up,
+# as a function of the step since the start of training.
+SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
+    "cosine": _cosine,
+    "staircase": _staircase,
+    "constant": _constant,
+}
+
+
+def make_optimizer(optim_config, params, *, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer of `config.optim` for these parameters.
+
+    In this order: the gradients of what is trained are clipped by their global norm; `l2` adds l2 * w, the
+    gradient of l2 * sum(w^2) / 2; the optimizer proper makes its update, learning rate included;
+    `weight_decay` subtracts lr * weight_decay * w, as PyTorch's AdamW, past any momentum. The factors of
+    `decay_rules` scale both decays. Frozen parameters get an update of exactly 0 and have no optimizer state.
+
+    Args:
+      optim_config: `config.optim`.
+      params: tree of arrays or of `jax.ShapeDtypeStruct`.
+      schedule: from `make_schedule`.
+
+    Returns:
+      An optax transformation whose `update` needs the parameters. Its state holds arrays and nothing else.
+
+    Raises:
+      ValueError: a key of `config.optim` has an impossible value, or a pattern matches no parameter.
+    """
+    check_config(optim_config)
+    factors = match_rules(params, optim_config.decay_rules, key="optim.decay_rules")
+    l2 = jax.tree.map(lambda factor: factor * optim_config.l2, factors)
+    weight_decay = jax.tree.map(lambda factor: factor * optim_config.weight_decay, factors)
+    clip_norm = optim_config.clip_norm
+    # Every stage is there whatever its strength: the structure of the state, and so of a checkpoint, depends
+    # on `name` and `freeze` alone.
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        _add_params(l2, optax.constant_schedule(1.0)),
+        OPTIMIZERS[optim_config.name](optim_config, schedule),
+        _add_params(weight_decay, lambda step: jnp.negative(schedule(step))),
+    )
+    if not optim_config.freeze:
+        return optimizer
+    rules = [(pattern, "frozen") for pattern in optim_config.freeze] + [(".*", "trained")]
+    labels = match_rules(params, rules, key="optim.freeze")
+    if "trained" not in jax.tree.leaves(labels):
+        raise ValueError(f"optim.freeze is {tuple(optim_config.freeze)}, which leaves no parameter to train")
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
+def _rmsprop(optim_config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    # As tf.compat.v1.train.RMSPropOptimizer: the accumulator starts at 1, epsilon is inside the root and the
+    # learning rate inside the momentum.
+    return optax.rmsprop(
+        schedule,
+        optim_config.rms_decay,
+        optim_config.epsilon,
+        initial_scale=1.0,
+        eps_in_sqrt=True,
+        momentum=optim_config.momentum,
+    )
+
+
+def _sgd(optim_config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.sgd(schedule, optim_config.momentum, nesterov=optim_config.nesterov)
+
+
+def _adam(optim_config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adam(schedule, optim_config.beta1, optim_config.beta2, optim_config.epsilon)
+
+
+# The weight decay that makes Adam AdamW is added by `make_optimizer`, as for the other two.
+OPTIMIZERS: dict[str, Callable[[Any, optax.Schedule], optax.GradientTransformation]] = {
+    "rmsprop": _rmsprop,
+    "sgd": _sgd,
+    "adamw": _adam,
+}
+
+
+def _add_params(factors, coefficient: optax.Schedule) -> optax.GradientTransformation:
+    """Adds coefficient(step) * factor * w to the update of each parameter w whose factor is not 0.
+
+    The factors are looked up by path because under `optax.partition` the tree has holes where it is frozen.
+    """
+    by_path = dict(_name_leaves(factors))
+
+    def init(params):
+        del params
+        return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None):
+        now = coefficient(state.count)
+
+        def add(path, update, param):
+            factor = by_path[_join(path)]
+            return update + now * factor * param if factor else update
+
+        updates = jax.tree_util.tree_map_with_path(add, updates, params)
+        return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def match_rules(params, rules: Sequence[tuple[str, Any]], *, key: str):
+    """Gives each parameter the value of the first rule whose pattern is found in its path.
+
+    Args:
+      params: tree of arrays or of anything with a `size`.
+      rules: (pattern, value) pairs; `re.search` looks for the pattern in paths as
+        "block_03/expand/conv/kernel".
+      key: of the config, for the errors and the log, which has a line for each rule with what it matched.
+
+    Returns:
+      A tree of the structure of `params` with the values as its leaves.
+
+    Raises:
+      ValueError: a pattern is no regular expression, a parameter matches no rule, or those before it leave a
+        rule no parameter; only the catch-all ".*" may match nothing.
+    """
+    try:
+        patterns = [re.compile(pattern) for pattern, _ in rules]
+    except re.error as error:
+        raise ValueError(f"{key}: {error.pattern!r} is no regular expression: {error}") from error
+    sizes: list[list[int]] = [[] for _ in rules]
+    values = []
+    for path, leaf in _name_leaves(params):
+        first = next((i for i, pattern in enumerate(patterns) if pattern.search(path)), None)
+        if first is None:
+            raise ValueError(f"{key}: no rule matches {path!r}; a last rule '.*' would take what is left")
+        sizes[first].append(leaf.size)
+        values.append(rules[first][1])
+    for (pattern, value), matched in zip(rules, sizes, strict=True):
+        if not matched and pattern != ".*":
+            raise ValueError(
+                f"{key}: {pattern!r} matches no parameter that the patterns before it leave; "
+                "paths look like 'block_03/expand/conv/kernel'"
+            )
+        logging.info(
+            "%s: %r: %s for %d parameters, %d elements", key, pattern, value, len(matched), sum(matched)
+        )
+    return jax.tree.unflatten(jax.tree.structure(params), values)
+
+
+def _name_leaves(tree) -> list[tuple[str, Any]]:
+    return [(_join(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _join(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def check_config(optim_config) -> None:
+    """Checks all of `config.optim` that can be checked without the parameters.
+
+    Raises:
+      ValueError: the first key with an impossible value, what it is and what would be valid.
+    """
+    for key, names in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if optim_config[key] not in names:
+            raise ValueError(f"optim.{key} is {optim_config[key]!r}; valid are {', '.join(names)}")
+    for keys, is_valid, text in _VALID:
+        for key in keys:
+            if not is_valid(optim_config[key]):
+                raise ValueError(f"optim.{key} is {optim_config[key]}; valid is {text}")
+    for rule in optim_config.decay_rules:
+        match rule:
+            case [str(), int() | float() as factor] if factor >= 0:
+                continue
+        raise ValueError(f"optim.decay_rules: {rule!r} is not a pair of a pattern and a factor of 0 or more")
+    if not all(isinstance(pattern, str) for pattern in optim_config.freeze):
+        raise ValueError(
+            f"optim.freeze is {optim_config.freeze!r}; valid is a tuple of patterns: ('^stem/',)"
+        )
+
+
+_VALID: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("lr_per_256", "decay_epochs", "epsilon"), lambda value: value > 0, "a number above 0"),
+    (("warmup_epochs", "l2", "weight_decay", "clip_norm"), lambda value: value >= 0, "0 (none) or more"),
+    (
+        ("momentum", "rms_decay", "beta1", "beta2"),
+        lambda value: 0 <= value < 1,
+        "from 0 up to, not including, 1",
+    ),
+    (("decay_factor",), lambda value: 0 < value <= 1, "above 0 and up to 1: 0.99 decays by 1%"),
+)

@@ -1,0 +1,56 @@
+"""One mesh axis over all devices of all hosts: batches are split along it, everything else is on every device."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "data"
+PARALLEL = ("jit", "pmap")
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A 1-D mesh over `devices`, all of them by default."""
+    return Mesh(np.array(devices or jax.devices()), (AXIS,))
+
+
+def check_batch_size(key: str, size: int, mesh: Mesh) -> None:
+    """Raise ValueError unless the mesh's devices get equal shares."""
+    if size % mesh.size:
+        raise ValueError(f"{key} is {size}; with {mesh.size} devices it must be a multiple of {mesh.size}")
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a global batch, as arrays split over the mesh in process order."""
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def replicate(tree, mesh: Mesh):
+    """The same values on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def shard_train_step(step: Callable, mesh: Mesh, parallel: str) -> Callable:
+    """Jit (state, batch, key) -> (state, metrics) over the mesh; the state is donated.
+
+    `jit`: the step sees the global batch, so batch-norm statistics are those of all images. `pmap`: each device runs
+    the step on its share, as under `jax.pmap`, and averages gradients over the axis "data" itself.
+    """
+    everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
+    if parallel == "pmap":
+        specs = (PartitionSpec(), PartitionSpec(AXIS), PartitionSpec())
+        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), PartitionSpec()))
+    return jax.jit(
+        step,
+        in_shardings=(everywhere, split, everywhere),
+        out_shardings=(everywhere, everywhere),
+        donate_argnums=0,
+    )
+
+
+def shard_eval_step(step: Callable, mesh: Mesh) -> Callable:
+    """Jit (variables, batch) -> sums over the mesh, in the global view for both kinds of training."""
+    everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
+    return jax.jit(step, in_shardings=(everywhere, split), out_shardings=everywhere)

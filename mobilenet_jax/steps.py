@@ -1,0 +1,170 @@
+"""One training step and one evaluation step: pure functions of data, neither jitted nor aware of a config."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import lax
+
+from mobilenet_jax.ema import update_ema
+from mobilenet_jax.losses import mix_batch, softmax_cross_entropy
+
+Batch = dict[str, jax.Array]
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run carries from step to step; randomness is `fold_in(key, step)` and needs no place here."""
+
+    step: jax.Array  # steps done
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any  # {"params", "batch_stats"}, or None without averaging
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What a training step does besides the forward and backward pass."""
+
+    mean: tuple[float, ...]  # grey levels
+    std: tuple[float, ...]
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+    accumulate: int = 1  # micro-batches
+    ema_decay: float = 0.0
+    axis: str | None = None  # the mesh axis of a per-device step under `shard_map`
+
+
+def create_state(variables: dict, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+    """The state before the first step; every leaf is a buffer of its own, for the step donates them."""
+    copy = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731
+    params, stats = copy(variables["params"]), copy(variables["batch_stats"])
+    average = copy({"params": params, "batch_stats": stats}) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), average)
+
+
+def normalise_images(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """uint8 [B, H, W, C] to float32 (x - mean) / std, both in grey levels."""
+    return (images.astype(jnp.float32) - jnp.array(mean)) / jnp.array(std)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    options: StepOptions,
+) -> tuple[TrainState, Sums]:
+    """Update on {"images" uint8 [B, H, W, C], "labels" int [B]}; metrics are (sum, count) over the global batch."""
+    key = jax.random.fold_in(key, state.step)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    if options.axis:
+        key = jax.random.fold_in(key, lax.axis_index(options.axis))
+        # Gradients of replicated parameters would arrive already summed over the devices; of varying ones they are
+        # each device's own, and the mean below is the only one.
+        variables = lax.pcast(variables, options.axis, to="varying")
+    grads, batch_stats, sums = _gradients(variables, batch, key, model=model, options=options)
+    if options.axis:
+        grads, batch_stats = lax.pmean((grads, batch_stats), options.axis)
+        sums = lax.psum(sums, options.axis)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        new = {"params": params, "batch_stats": batch_stats}
+        ema = update_ema(ema, new, step=state.step, decay=options.ema_decay)
+    sums["grad_norm"] = (optax.global_norm(grads), jnp.ones(()))
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema), sums
+
+
+def _gradients(variables: dict, batch: Batch, key: jax.Array, *, model, options: StepOptions):
+    """(gradients of the mean loss, new statistics, metric sums), over micro-batches one after the other."""
+    if options.accumulate == 1:
+        return _micro_gradients(variables, batch, key, model=model, options=options)
+    n = options.accumulate
+
+    def run(stats, part):
+        index, micro = part
+        grads, stats, sums = _micro_gradients(
+            {**variables, "batch_stats": stats},
+            micro,
+            jax.random.fold_in(key, index),
+            model=model,
+            options=options,
+        )
+        return stats, (grads, sums)
+
+    # Micro-batch i takes every n-th image: each device contributes to each.
+    parts = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
+    stats, (grads, sums) = lax.scan(run, variables["batch_stats"], (jnp.arange(n), parts))
+    mean_grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
+    return mean_grads, stats, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
+
+
+def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, *, model, options: StepOptions):
+    mix_key, dropout_key = jax.random.split(key)
+    labels = batch["labels"]
+    images = normalise_images(batch["images"], options.mean, options.std)
+    targets = labels
+    if options.mixup or options.cutmix:
+        images, targets = mix_batch(
+            mix_key,
+            images,
+            jax.nn.one_hot(labels, model.spec.num_classes),
+            mixup=options.mixup,
+            cutmix=options.cutmix,
+            probability=options.mix_probability,
+        )
+
+    def loss_fn(params):
+        logits, updated = model.apply(
+            {**variables, "params": params},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout_key},
+        )
+        losses = softmax_cross_entropy(logits, targets, label_smoothing=options.label_smoothing)
+        return jnp.mean(losses), (losses, logits, updated["batch_stats"])
+
+    grads, (losses, logits, stats) = jax.grad(loss_fn, has_aux=True)(variables["params"])
+    count = jnp.sum(jnp.ones_like(losses))
+    correct = jnp.argmax(logits, axis=-1) == labels
+    sums = {"loss": (jnp.sum(losses), count), "top1": (jnp.sum(correct.astype(jnp.float32)), count)}
+    return grads, stats, sums
+
+
+def eval_step(
+    variables: dict, batch: Batch, *, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]
+) -> dict[str, jax.Array]:
+    """Sums over the images that `batch["mask"]` [B] marks: loss, top1, top5, count, and confusion [K, K].
+
+    The confusion matrix counts true classes in rows, predicted ones in columns; above 100 classes it is left out.
+    """
+    images = normalise_images(batch["images"], mean, std)
+    logits = model.apply(variables, images, train=False)
+    labels, mask = batch["labels"], batch["mask"]
+    classes = logits.shape[-1]
+    losses = softmax_cross_entropy(logits, labels, label_smoothing=0.0)
+    _, best = lax.top_k(logits, min(5, classes))
+    hits = (best == labels[:, None]) & mask[:, None]
+    sums = {
+        "loss": jnp.sum(jnp.where(mask, losses, 0)),
+        "top1": jnp.sum(hits[:, 0].astype(jnp.int32)),
+        "top5": jnp.sum(jnp.any(hits, axis=1).astype(jnp.int32)),
+        "count": jnp.sum(mask.astype(jnp.int32)),
+    }
+    if classes <= 100:
+        true = jax.nn.one_hot(labels, classes) * mask[:, None]
+        sums["confusion"] = (true.T @ jax.nn.one_hot(best[:, 0], classes)).astype(jnp.int32)
+    return sums

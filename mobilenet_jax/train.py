@@ -1,0 +1,415 @@
+"""Build, restore, loop: the one module that knows every other."""
+
+import functools
+import json
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from mobilenet_jax import figures
+from mobilenet_jax.checkpoint import Checkpoints, load_variables, merge_variables
+from mobilenet_jax.data.loader import EvalBatches, make_eval_batches, make_train_iterator
+from mobilenet_jax.data.sources import DataInfo, describe
+from mobilenet_jax.evaluate import evaluate
+from mobilenet_jax.metrics import (
+    Mean,
+    MetricsWriter,
+    Progress,
+    environment,
+    read_metrics,
+    write_json_atomic,
+)
+from mobilenet_jax.models.init import init_variables
+from mobilenet_jax.models.network import MobileNet, create_model
+from mobilenet_jax.models.spec import check_choice, check_share
+from mobilenet_jax.optim import make_optimizer, make_schedule
+from mobilenet_jax.sharding import (
+    AXIS,
+    PARALLEL,
+    check_batch_size,
+    make_mesh,
+    put_batch,
+    replicate,
+    shard_eval_step,
+    shard_train_step,
+)
+from mobilenet_jax.steps import StepOptions, TrainState, create_state, eval_step, train_step
+
+
+class NonFiniteError(RuntimeError):
+    """Training stopped because the loss or its gradient is not finite any more."""
+
+
+def flatten_config(config: ml_collections.ConfigDict) -> dict:
+    """{"optim.name": "sgd", ...} as JSON would give it back."""
+    flat = traverse_util.flatten_dict(config.to_dict(), sep=".", keep_empty_nodes=False)
+    return json.loads(json.dumps(flat))
+
+
+def build_model(config: ml_collections.ConfigDict, info: DataInfo) -> MobileNet:
+    """The model of `config.model` for the classes of the data set.
+
+    Raises ValueError for an impossible value, or fewer classes than the data has.
+    """
+    options = config.model.to_dict()
+    options["num_classes"] = info.num_classes if options["num_classes"] is None else options["num_classes"]
+    if options["num_classes"] < info.num_classes:
+        raise ValueError(
+            f"model.num_classes is {options['num_classes']}; {config.data.source} has {info.num_classes} classes"
+        )
+    return create_model(**options, freeze_stats=config.train.freeze_stats)
+
+
+def _check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """What no other module checks of `config.train` and the top level."""
+    check_choice("parallel", config.parallel, PARALLEL)
+    check_share("ema.decay", config.ema.decay)
+    check_share("train.label_smoothing", config.train.label_smoothing)
+    train = config.train
+    for key in ("log_every_steps", "keep_checkpoints", "accumulate"):
+        if train[key] < 1:
+            raise ValueError(f"train.{key} is {train[key]}; valid: 1 or more")
+    for key in ("eval_every_epochs", "save_every_epochs"):
+        if train[key] < 0:
+            raise ValueError(f"train.{key} is {train[key]}; valid: above 0, or 0 for the end of the run alone")
+    if (train.epochs if train.steps is None else train.steps) <= 0:
+        raise ValueError("train.steps, or train.epochs where steps is none, must be above 0")
+    check_batch_size("data.batch_size / train.accumulate", config.data.batch_size / train.accumulate, mesh)
+    check_batch_size("data.eval_batch_size", config.data.eval_batch_size, mesh)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Lengths in steps, derived once from epochs, images and batch size."""
+
+    total_steps: int
+    steps_per_epoch: float
+    eval_every: int
+    save_every: int
+    log_every: int
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something done every `every` steps, and at the end, is done after `step`."""
+        return step == self.total_steps or step % every == 0
+
+
+def make_plan(config: ml_collections.ConfigDict, train_count: int) -> Plan:
+    """The plan of a run over `train_count` images."""
+    train = config.train
+    per_epoch = train_count / config.data.batch_size
+    total = train.steps if train.steps is not None else math.ceil(train.epochs * per_epoch)
+
+    def every(epochs: float) -> int:
+        return max(1, round(epochs * per_epoch)) if epochs else total
+
+    return Plan(total, per_epoch, every(train.eval_every_epochs), every(train.save_every_epochs), train.log_every_steps)
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask for an orderly stop after the step that runs; a second one interrupts at once."""
+
+    def __init__(self):
+        self.received: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def _receive(self, number: int, _) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+class Run:
+    """A config and a workdir, checked against data, devices and checkpoints; nothing is compiled before `train`.
+
+    The state is that of the newest checkpoint in the workdir, or a fresh one.
+
+    Raises:
+      ValueError, OSError: a config, data set or checkpoint that does not fit, in one sentence.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: str | Path):
+        start = time.perf_counter()
+        self.config, self.workdir, self.mesh = config, Path(workdir), make_mesh()
+        _check(config, self.mesh)
+        self.info = describe(config.data)
+        self.model = build_model(config, self.info)
+        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        self._iterator = make_train_iterator(config.data, seed=config.seed, **processes)
+        self._eval_batches, self._eval_count = make_eval_batches(config.data, **processes)
+        self.plan = make_plan(config, self.info.train_count)
+        self._is_first = jax.process_index() == 0
+        opened = time.perf_counter()
+        self._restore(processes["process_count"])
+        self.seconds = {"data": opened - start, "init": time.perf_counter() - opened}
+
+    def _restore(self, process_count: int) -> None:
+        config = self.config
+        variables = init_variables(self.model, seed=config.seed, image_size=config.data.image_size)
+        self.schedule = make_schedule(
+            config.optim,
+            batch_size=config.data.batch_size,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            total_steps=self.plan.total_steps,
+        )
+        self._optimizer = make_optimizer(config.optim, variables["params"], schedule=self.schedule)
+        flat = {"model.num_classes": self.model.spec.num_classes, "processes": process_count}
+        self._flat_config = {**flatten_config(config), **flat}
+        self._checkpoints = Checkpoints(self.workdir, keep=config.train.keep_checkpoints)
+        fresh = functools.partial(create_state, optimizer=self._optimizer, ema=config.ema.decay > 0)
+        try:
+            restored = self._checkpoints.restore(
+                jax.eval_shape(fresh, variables), self._iterator, config=self._flat_config
+            )
+        except ValueError:
+            self.close()
+            raise
+        if restored is None and config.init:
+            loaded, _ = load_variables(config.init)
+            variables = merge_variables(variables, loaded, source=config.init)
+        state, meta = restored or (fresh(variables), {"train": {}, "skipped": 0})
+        self.start_step = int(state.step)
+        self._state: TrainState = replicate(state, self.mesh)
+        self._train_mean = Mean()
+        self._train_mean.restore(meta["train"])
+        self._skipped: int = meta["skipped"]
+        self._evaluation: dict[str, float] | None = None
+        self._confusion: np.ndarray | None = None
+
+    def close(self) -> None:
+        """Wait for checkpoints being written, end the data threads."""
+        self._checkpoints.close()
+        self._iterator.close()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def train(self) -> dict:
+        """Train to the last step, or to a signal; return the result as `result.json` has it.
+
+        The result is that of the last step, of the averaged variables where there are any. A finished run returns
+        the result it had; a stopped one {"stopped": the signal, "step": steps done}.
+
+        Raises:
+          NonFiniteError: a loss or gradient that is not finite; the checkpoints of the steps before it stay.
+          UnreadableImageError: an image that cannot be decoded, unless data.on_error is "skip".
+        """
+        saved_result = self.workdir / "result.json"
+        if self.start_step >= self.plan.total_steps and saved_result.exists():
+            return json.loads(saved_result.read_text())
+        if self._is_first:
+            write_json_atomic(self.workdir / "config.json", self._flat_config)
+            devices = [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()]
+            write_json_atomic(self.workdir / "environment.json", environment(devices))
+        progress = Progress(
+            self.plan.total_steps,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            batch_size=self.config.data.batch_size,
+            start_step=self.start_step,
+            active=self._is_first,
+        )
+        writer = MetricsWriter(self.workdir, start_step=self.start_step, active=self._is_first)
+        with writer, progress, StopSignals() as signals:
+            stopped_at = self._loop(writer, progress, signals)
+        if stopped_at:
+            return {"stopped": signals.received or "a signal to another process", "step": stopped_at}
+        return self._finish()
+
+    def _loop(self, writer: MetricsWriter, progress: Progress, signals: StopSignals) -> int | None:
+        """Steps until the plan's end (None) or a signal (the step it stopped at).
+
+        A step's sums are read while the next one runs. They are read at once where something else waits for them: an
+        evaluation, or a save, for a step that was not finite is never saved.
+        """
+        plan, step_fn, pending = self.plan, None, None
+        key = replicate(jax.random.key(self.config.seed), self.mesh)
+        self._waited, self._line_time = 0.0, time.perf_counter()
+        for step in range(self.start_step + 1, plan.total_steps + 1):
+            batch = self._next_batch()
+            step_fn = step_fn or self._compile(batch, key)
+            self._state, sums = step_fn(self._state, batch, key)
+            if pending:
+                self._account(*pending, progress)
+                if plan.is_due(step - 1, plan.log_every):
+                    self._write(step - 1, writer, progress)
+            pending = (step, sums)
+            stops = self._should_stop(step, signals)
+            evaluates, saves = plan.is_due(step, plan.eval_every), plan.is_due(step, plan.save_every) or stops
+            if evaluates or saves:
+                self._account(step, sums, progress)
+                pending = None
+                with progress.paused():
+                    evaluation = self._evaluate_both() if evaluates else {}
+                    if evaluates or plan.is_due(step, plan.log_every):
+                        self._write(step, writer, progress, evaluation)
+                    if saves:
+                        self._save(step, writer)
+            if stops:
+                self._checkpoints.wait()
+                return step
+        self._checkpoints.wait()
+        return None
+
+    def _next_batch(self) -> dict[str, jax.Array]:
+        before = time.perf_counter()
+        batch = next(self._iterator)
+        self._waited += time.perf_counter() - before
+        self._skipped += int(batch["skipped"].sum())
+        return put_batch({"images": batch["images"], "labels": batch["labels"]}, self.mesh)
+
+    def _compile(self, batch: dict[str, jax.Array], key: jax.Array):
+        """The compiled step; its time is told from that of tracing."""
+        config = self.config
+        options = StepOptions(
+            mean=config.data.mean,
+            std=config.data.std,
+            label_smoothing=config.train.label_smoothing,
+            mixup=config.data.mixup,
+            cutmix=config.data.cutmix,
+            mix_probability=config.data.mix_probability,
+            accumulate=config.train.accumulate,
+            ema_decay=config.ema.decay,
+            axis=AXIS if config.parallel == "pmap" else None,
+        )
+        step = functools.partial(train_step, model=self.model, optimizer=self._optimizer, options=options)
+        start = time.perf_counter()
+        lowered = shard_train_step(step, self.mesh, config.parallel).lower(self._state, batch, key)
+        traced = time.perf_counter()
+        compiled = lowered.compile()
+        self.seconds |= {"trace": traced - start, "compile": time.perf_counter() - traced}
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        logging.info("first step after %.1f s: %s", sum(self.seconds.values()), parts)
+        self._line_time = time.perf_counter()
+        return compiled
+
+    def _should_stop(self, step: int, signals: StopSignals) -> bool:
+        """Whether a signal came, to any process; several processes ask each other when they log."""
+        if jax.process_count() == 1:
+            return signals.received is not None
+        if not self.plan.is_due(step, self.plan.log_every):
+            return False
+        return bool(np.any(multihost_utils.process_allgather(np.array(signals.received is not None))))
+
+    def _account(self, step: int, sums: dict, progress: Progress) -> None:
+        """Add a step's sums to the means and show them; raise NonFiniteError if they are not finite."""
+        sums = jax.device_get(sums)
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(sums[name][0]):
+                raise NonFiniteError(
+                    f"{name} is {sums[name][0]} at step {step}, learning rate {float(self.schedule(step - 1)):.4g}; "
+                    "the checkpoints before it are kept: a lower optim.lr_per_256, a longer optim.warmup_epochs or "
+                    "optim.clip_norm may help"
+                )
+        self._train_mean.update(sums)
+        progress.update(step, {name: sums[name][0] / sums[name][1] for name in ("loss", "top1")})
+
+    def _write(self, step: int, writer: MetricsWriter, progress: Progress, evaluation: dict | None = None) -> None:
+        """A line of metrics.jsonl: means over the steps since the last line, and an evaluation if there was one."""
+        means = {f"train/{name}": value for name, value in self._train_mean.compute().items()}
+        seconds = time.perf_counter() - self._line_time
+        values = {
+            "epoch": step / self.plan.steps_per_epoch,
+            **means,
+            "train/lr": float(self.schedule(step - 1)),
+            "data/skipped": self._skipped,
+            **(evaluation or {}),
+            "time/images_per_second": progress.images_per_second,
+            "time/data_wait": self._waited / seconds,
+        }
+        writer.write(step, values)
+        if evaluation:
+            shown = {name: evaluation[name] for name in evaluation if name.endswith(("loss", "top1"))}
+            progress.report(step, {"train/loss": means["train/loss"], **shown})
+        self._train_mean.restore({})
+        self._waited, self._line_time = 0.0, time.perf_counter()
+
+    def _save(self, step: int, writer: MetricsWriter) -> None:
+        writer.flush()
+        meta = {
+            "config": self._flat_config,
+            "class_names": list(self.info.class_names),
+            "train": self._train_mean.state(),
+            "skipped": self._skipped,
+        }
+        self._checkpoints.save(step, self._state, self._iterator, meta)
+
+    # Evaluation and result.
+
+    @functools.cached_property
+    def _eval_step(self):
+        step = functools.partial(
+            eval_step, model=self.model, mean=self.config.data.mean, std=self.config.data.std
+        )
+        return shard_eval_step(step, self.mesh)
+
+    def _evaluate_both(self) -> dict[str, float]:
+        """{"eval/top1": ...}, and "eval_ema/..." of the averaged variables; keeps the confusion matrix."""
+        state, metrics = self._state, {}
+        kinds = {"eval": {"params": state.params, "batch_stats": state.batch_stats}}
+        if state.ema is not None:
+            kinds["eval_ema"] = state.ema
+        for prefix, variables in kinds.items():
+            values, self._confusion = evaluate(
+                self._eval_step, variables, self._eval_batches, count=self._eval_count, mesh=self.mesh
+            )
+            metrics |= {f"{prefix}/{name}": value for name, value in values.items()}
+        self._evaluation = metrics
+        return metrics
+
+    def evaluate(self) -> dict:
+        """Exact metrics of the newest checkpoint, under "eval/" and, averaged, "eval_ema/".
+
+        Raises ValueError if the workdir has no checkpoint.
+        """
+        if self.start_step == 0 and not self.config.init:
+            raise ValueError(f"{self.workdir} has no checkpoint to evaluate; train first, or set config.init")
+        return {"step": self.start_step, **self._evaluate_both()}
+
+    def _finish(self) -> dict:
+        """Write and return the result of the last step, with curves and confusion matrix."""
+        evaluation = self._evaluation or self._evaluate_both()
+        best = "eval_ema" if self._state.ema is not None else "eval"
+        names = ("loss", "top1", "top5", "count")
+        result = {
+            "step": self.plan.total_steps,
+            "epoch": self.plan.total_steps / self.plan.steps_per_epoch,
+            "variables": "averaged" if best == "eval_ema" else "last",
+            **{name: evaluation[f"{best}/{name}"] for name in names},
+            "params": sum(leaf.size for leaf in jax.tree.leaves(self._state.params)),
+            "skipped": self._skipped,
+        }
+        if self._is_first:
+            if self._confusion is not None:
+                np.savetxt(self.workdir / "confusion.csv", self._confusion, fmt="%d", delimiter=",")
+                figures.draw_confusion(self._confusion, self.info.class_names, self.workdir / "confusion.png")
+            title = f"{self.config.name} on {self.config.data.source}"
+            figures.draw_curves(read_metrics(self.workdir), self.workdir / "curves.png", title=title)
+            write_json_atomic(self.workdir / "result.json", result)
+        return result
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict:
+    """Train a config in a workdir, or continue there, and return the result (see `Run.train`)."""
+    with Run(config, workdir) as run:
+        return run.train()

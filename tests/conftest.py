@@ -1,0 +1,25 @@
+"""Eight CPU devices, strict shapes, and the reference data beside the checkout."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+# Before any array exists: the backend reads these once.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+# [B, C] + [C] must say which axis it means.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+if directory := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of reference data beside the checkout; the test is skipped in a clone without it."""
+    path = Path(__file__).resolve().parents[1] / ".." / "shared"
+    if not path.is_dir():
+        pytest.skip("the reference data beside the checkout (../shared) is not there")
+    return path

@@ -1,0 +1,180 @@
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mobilenet_jax.data import decode
+from mobilenet_jax.data.decode import UnreadableImageError, decode_image
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def gradient(height: int = 24, width: int = 40) -> np.ndarray:
+    """A smooth picture with no symmetry, so that a turned or mirrored copy differs."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 6, y * 10, 255 - x * 3 - y * 4], axis=-1).astype(np.uint8)
+
+
+def test_rgb_png_comes_out_unchanged_from_bytes_and_from_a_path(tmp_path):
+    data = encode(Image.fromarray(gradient()))
+    (tmp_path / "a.png").write_bytes(data)
+    for source in (data, tmp_path / "a.png"):
+        decoded = decode_image(source, name="a")
+        assert decoded.dtype == np.uint8
+        np.testing.assert_array_equal(decoded, gradient())
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("JPEG", 8), ("WEBP", 8), ("BMP", 0)])
+def test_formats(kind, tolerance):
+    decoded = decode_image(encode(Image.fromarray(gradient()), kind), name="a")
+    assert np.abs(decoded.astype(int) - gradient()).mean() <= tolerance
+
+
+def test_grey_and_one_bit_become_three_equal_channels():
+    grey = gradient()[..., 0]
+    decoded = decode_image(encode(Image.fromarray(grey)), name="a")
+    np.testing.assert_array_equal(decoded, np.repeat(grey[..., None], 3, axis=2))
+    bits = Image.fromarray(grey > 100)
+    np.testing.assert_array_equal(decode_image(encode(bits), name="a")[..., 1], (grey > 100) * 255)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    levels = np.array([[0, 128, 257, 32768, 65279, 65535]], np.uint16)
+    decoded = decode_image(encode(Image.fromarray(levels)), name="a")
+    np.testing.assert_array_equal(decoded[0, :, 0], np.round(levels[0] / 257))
+    np.testing.assert_array_equal(decoded[..., 0], decoded[..., 2])
+
+
+def test_sixteen_bit_rgb_is_scaled():
+    # Pillow does not write 16-bit RGB, so the PNG is put together here: one row of three pixels.
+    levels = np.array([[0, 0x8000, 0xFFFF], [0x1234, 0x00FF, 0x7F00], [0xFF00, 1, 2]], ">u2")
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 3, 1, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    data += chunk(b"IDAT", zlib.compress(b"\0" + levels.tobytes())) + chunk(b"IEND", b"")
+    decoded = decode_image(data, name="a")
+    assert np.abs(decoded[0] - levels / 257).max() < 1
+
+
+def test_transparency_is_laid_on_white():
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[0] = [(200, 0, 0, 255), (200, 0, 0, 0), (0, 0, 0, 128)]
+    decoded = decode_image(encode(Image.fromarray(rgba)), name="a")
+    np.testing.assert_array_equal(decoded[0], [(200, 0, 0), (255, 255, 255), (127, 127, 127)])
+
+
+@pytest.mark.parametrize("transparency", [1, bytes([255, 0, 255])])
+def test_palette_with_transparency(transparency):
+    palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+    palette.putpalette([10, 20, 30, 0, 0, 0, 70, 80, 90])
+    decoded = decode_image(encode(palette, transparency=transparency), name="a")
+    np.testing.assert_array_equal(decoded[0], [(10, 20, 30), (255, 255, 255), (70, 80, 90)])
+
+
+def test_grey_with_alpha():
+    decoded = decode_image(encode(Image.fromarray(np.array([[[50, 255], [50, 0]]], np.uint8))), name="a")
+    np.testing.assert_array_equal(decoded[0], [(50, 50, 50), (255, 255, 255)])
+
+
+def test_cmyk_jpeg_is_not_inverted():
+    rgb = Image.new("RGB", (16, 16), (220, 40, 90))
+    decoded = decode_image(encode(rgb.convert("CMYK"), "JPEG", quality=95), name="a")
+    assert np.abs(decoded.reshape(-1, 3).mean(0) - (220, 40, 90)).max() < 6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_is_applied(orientation, kind):
+    # What a camera held each way stores for the same upright scene (EXIF 2.3, tag 0x0112).
+    stored = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
+        8: lambda a: np.rot90(a, -1),
+    }[orientation](gradient())
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = decode_image(encode(Image.fromarray(stored.copy()), kind, exif=exif), name="a")
+    assert decoded.shape == gradient().shape
+    assert np.abs(decoded.astype(int) - gradient()).mean() < 8
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_a_truncated_file_is_never_completed_with_grey(kind):
+    whole = encode(Image.fromarray(gradient(64, 64)), kind)
+    expected = decode_image(whole, name="a")
+    refused = 0
+    for length in range(0, len(whole), max(1, len(whole) // 60)):
+        try:
+            decoded = decode_image(whole[:length], name="cut.img")
+        except UnreadableImageError:
+            refused += 1
+        else:  # only a trailer was cut off
+            np.testing.assert_array_equal(decoded, expected)
+            assert length > 0.9 * len(whole)
+    assert refused > 50
+
+
+def test_damaged_missing_and_foreign_files_are_named(tmp_path):
+    with pytest.raises(UnreadableImageError, match=r"record 7 cannot be decoded"):
+        decode_image(b"not an image", name="record 7")
+    with pytest.raises(UnreadableImageError, match=r"gone.jpg cannot be decoded"):
+        decode_image(tmp_path / "gone.jpg", name=str(tmp_path / "gone.jpg"))
+    broken = bytearray(encode(Image.fromarray(gradient())))
+    broken[60:90] = bytes(30)
+    with pytest.raises(UnreadableImageError):
+        decode_image(bytes(broken), name="a")
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A valid PNG header for a picture that is not there."""
+    body = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", len(body)) + b"IHDR" + body + struct.pack(">I", zlib.crc32(b"IHDR" + body))
+    idat = zlib.compress(bytes(1000))
+    chunk += struct.pack(">I", len(idat)) + b"IDAT" + idat + struct.pack(">I", zlib.crc32(b"IDAT" + idat))
+    return b"\x89PNG\r\n\x1a\n" + chunk
+
+
+# Just above our limit; above the size at which Pillow warns; above the size at which Pillow raises.
+@pytest.mark.parametrize(("width", "height"), [(8192, 8193), (10000, 10000), (65000, 65000)])
+def test_a_bomb_is_refused_from_its_header(width, height, monkeypatch):
+    monkeypatch.setattr(decode, "_to_rgb", lambda image: pytest.fail("pixels were decoded"))
+    with pytest.raises(UnreadableImageError, match=r"big\.png is refused as a decompression bomb.*67108864"):
+        decode_image(bomb(width, height), name="big.png")
+
+
+def test_a_bomb_is_refused_where_pillows_warnings_are_silenced(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(UnreadableImageError, match=r"decompression bomb"):
+        decode_image(bomb(65000, 65000), name="big.png")
+
+
+def test_a_large_photograph_below_the_limit_is_decoded():
+    assert decode.MAX_PIXELS >= 50_000_000  # of the largest common cameras
+    decoded = decode_image(encode(Image.new("L", (8192, 1024), 7), compress_level=1), name="a")
+    assert decoded.shape == (1024, 8192, 3)
+    assert decoded.min() == decoded.max() == 7
+
+
+def test_reading_a_path_leaves_no_file_open(tmp_path: Path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(Image.fromarray(gradient()))[:-30])
+    for _ in range(3):
+        with pytest.raises(UnreadableImageError):
+            decode_image(path, name="a")
+    # An unclosed file would be a ResourceWarning, which is an error here.

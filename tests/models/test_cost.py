@@ -1,0 +1,242 @@
+import csv
+import functools
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mobilenet_jax.models.cost import compute_cost
+from mobilenet_jax.models.network import MobileNet
+from mobilenet_jax.models.spec import Conv, Separable
+from mobilenet_jax.models.zoo import MODELS, make_spec
+
+GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())["rows"]
+VARIANTS = sorted({(row["model"], row["width"], row["convention"]) for row in GOLDENS})
+
+
+def _name(row):
+    return "-".join(str(row[key]) for key in ("model", "width", "convention", "resolution"))
+
+
+@pytest.mark.parametrize("golden", GOLDENS, ids=_name)
+def test_counts_are_those_of_the_frameworks(golden):
+    spec = make_spec(golden["model"], width=golden["width"], convention=golden["convention"])
+    cost = compute_cost(spec, golden["resolution"])
+    assert (cost.params, cost.batch_stats, cost.madds) == (
+        golden["params"],
+        golden["batch_stats"],
+        golden["madds"],
+    ), "the spec changed; the goldens were counted on other people's code"
+    assert list(cost.channels) == golden["channels"]
+    assert cost.attention_madds == 0
+
+
+def _kind(cost):
+    """A convolution in the notation of the reference's `conv_kinds`."""
+    op = cost.op
+    suffix = ":se" if op.name.startswith("se/") else ":head" if cost.row in ("hidden", "classifier") else ""
+    return f"{'dw' if op.depthwise else ''}{op.kernel}s{op.stride}{suffix}"
+
+
+def _reference_rows(reference):
+    """Rows of the families built here, with the (model, width, convention) that builds each."""
+    rows = []
+    for name in ("architectures.csv", "architectures_edge.csv"):
+        with open(reference / "reference" / name, newline="") as file:
+            rows += list(csv.DictReader(file))
+    for row in rows:
+        convention = "timm_tf" if row["name"].startswith("tf_") else row["framework"]
+        if (model := f"mobilenet_{row['family']}") in MODELS:
+            yield row, (model, float(row["width"]), convention)
+
+
+def test_every_row_of_the_reference(reference):
+    count = 0
+    for row, (model, width, convention) in _reference_rows(reference):
+        spec = make_spec(model, width=width, convention=convention)
+        cost = compute_cost(spec, int(row["resolution"]))
+        dense = [
+            c
+            for c, conv in (("hidden", spec.hidden_is_conv), ("classifier", spec.classifier_is_conv))
+            if not conv
+        ]
+        convs = [c for c in cost.ops if c.row not in dense]
+        norms = [c for c in cost.ops if c.op.norm]
+        found = {
+            "trainable_params": cost.params,
+            "non_trainable_params": cost.batch_stats,
+            "madds": cost.madds,
+            "conv_layers": len(convs),
+            "channels": ";".join(map(str, cost.channels)),
+            "conv_kinds": ";".join(map(_kind, convs)),
+            "dense_units": ";".join(str(c.op.filters) for c in cost.ops if c.row in dense),
+            "bn_layers": len(norms),
+            "bn_outputs": sum(c.outputs for c in norms),
+        }
+        expected = {key: row[key] for key in found}
+        assert {key: str(value) for key, value in found.items()} == expected, (model, width, convention)
+        assert spec.bn_epsilon == float(row["bn_eps"])
+        assert spec.bn_decay == pytest.approx(1 - float(row["bn_momentum_torch"]), abs=1e-12)
+        count += 1
+    assert count == 187
+
+
+@functools.cache
+def _shapes(model, width, convention):
+    """(params, batch_stats) elements that the module would create."""
+    module = MobileNet(make_spec(model, width=width, convention=convention))
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), images)
+    return tuple(
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables[collection]))
+        for collection in ("params", "batch_stats")
+    )
+
+
+@pytest.mark.parametrize(("model", "width", "convention"), VARIANTS)
+def test_module_holds_what_the_spec_counts(model, width, convention):
+    cost = compute_cost(make_spec(model, width=width, convention=convention), 224)
+    assert _shapes(model, width, convention) == (cost.params, cost.batch_stats)
+
+
+def test_module_holds_what_the_reference_counts(reference):
+    found = {
+        variant: (int(row["trainable_params"]), int(row["non_trainable_params"]))
+        for row, variant in _reference_rows(reference)
+        if variant not in VARIANTS
+    }
+    assert len(found) >= 20
+    for variant, counts in found.items():
+        assert _shapes(*variant) == counts, variant
+
+
+def _equations(jaxpr):
+    """Every primitive of a jaxpr, those inside called ones included."""
+    for equation in jaxpr.eqns:
+        inner = [
+            getattr(p, "jaxpr", p)
+            for p in jax.tree.leaves(equation.params)
+            if hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ]
+        if inner:
+            for sub in inner:
+                yield from _equations(sub)
+        else:
+            yield equation
+
+
+def _traced_madds(model, size):
+    """Multiply-adds of the convolutions and matrix products in the trace of one image."""
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+    total = 0
+    for equation in _equations(jax.make_jaxpr(model.apply)(variables, images).jaxpr):
+        out = math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            total += out * math.prod(kernel) // kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += out * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+    return total
+
+
+@pytest.mark.parametrize("lowering", ["plain", "auto"])
+@pytest.mark.parametrize(
+    ("model", "convention", "size"),
+    [
+        ("mobilenet_v1", "keras", 97),
+        ("mobilenet_v1", "timm", 97),
+        ("mobilenet_v2", "torchvision", 224),
+        ("mobilenet_v3_large", "timm", 97),
+        ("mobilenet_v3_small", "keras", 32),
+    ],
+)
+def test_trap_10_multiply_adds_of_the_trace_count_groups(model, convention, size, lowering):
+    spec = make_spec(model, convention=convention)
+    module = MobileNet(spec, lowering=lowering, depthwise_impl="feature_group_count")
+    assert _traced_madds(module, size) == compute_cost(spec, size).madds
+
+
+def test_trap_10_grouped_convolutions_have_one_input_channel_a_group():
+    cost = compute_cost(make_spec("mobilenet_v2"), 224)
+    assert cost.madds == 300_774_272
+    depthwise = [c for c in cost.ops if c.op.depthwise]
+    assert all(c.madds == c.outputs * 9 for c in depthwise)
+    # Counted with all input channels, as some tools do, they would cost this many times as much.
+    assert sum(c.outputs * 9 * c.op.in_channels for c in depthwise) > 5 * cost.madds
+
+
+def test_trap_09_trainable_parameters_exclude_statistics():
+    cost = compute_cost(make_spec("mobilenet_v2"), 224)
+    assert cost.params == 3_504_872
+    assert cost.batch_stats == 34_112
+    assert cost.params + cost.batch_stats == 3_538_984  # what Keras and nn.tabulate call "total"
+
+
+def test_v1_with_standard_convolutions():
+    # 1704.04861, Table 4: "Conv MobileNet" has 29.3 million parameters and 4866 million multiply-adds.
+    assert compute_cost(make_spec("mobilenet_v1"), 224).standard == (29_294_088, 4_867_293_184)
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "convention"), [(1.0, 224, "timm"), (0.5, 97, "timm"), (0.25, 64, "keras")]
+)
+def test_standard_twin_is_the_network_of_full_convolutions(width, size, convention):
+    spec = make_spec("mobilenet_v1", width=width, convention=convention)
+    rows = [row for row in spec.blocks if isinstance(row, Separable)]
+    twin = replace(spec, blocks=tuple(Conv(filters=row.filters, stride=row.stride) for row in rows))
+    cost = compute_cost(twin, size)
+    assert compute_cost(spec, size).standard == (cost.params, cost.madds)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_depthwise_separability_saves_what_the_paper_says(model):
+    """1704.04861 sec. 3.1: depthwise and pointwise cost 1/N + 1/k^2 of the full convolution, row by row."""
+    cost = compute_cost(make_spec(model), 224)
+    convs = [c for c in cost.ops if not c.op.pooled]
+    saved = 0
+    for depthwise, pointwise in itertools.pairwise(convs):
+        if not depthwise.op.depthwise:
+            continue
+        k, m, n = depthwise.op.kernel, depthwise.op.in_channels, pointwise.op.filters
+        full = pointwise.height * pointwise.width * k * k * m * n
+        assert depthwise.madds + pointwise.madds == pytest.approx(full * (1 / n + 1 / k**2), rel=1e-12)
+        saved += full - depthwise.madds - pointwise.madds
+    assert cost.standard[1] - cost.madds == saved > 0
+
+
+def test_activation_memory():
+    v2 = compute_cost(make_spec("mobilenet_v2"), 224)
+    # The widest moment: the 96 channels of the first expansion on either side of a stride of 2.
+    assert v2.inference_elements == 96 * (112 * 112 + 56 * 56)
+    # Both sides of each norm (6,678,112 outputs by the frameworks' modules), the image, the logits.
+    assert v2.training_elements == 224 * 224 * 3 + 2 * sum(c.outputs for c in v2.ops if c.op.norm) + 1000
+    assert sum(c.outputs for c in v2.ops if c.op.norm) == 6_678_112
+
+
+def test_activation_memory_holds_the_residual():
+    full = make_spec("mobilenet_v2")
+    # One block, 8 -> 48 -> 8 at stride 1: input, and the 48 channels on both sides of the depthwise.
+    block = replace(full.blocks[2], expanded=48, filters=8)  # pyright: ignore[reportCallIssue]
+    spec = replace(full, stem=Conv(filters=8), blocks=(block,), head=None, num_classes=0)
+    assert compute_cost(spec, 10).inference_elements == 100 * (8 + 48 + 48)
+    alone = replace(spec, blocks=(replace(block, skip=False),))  # pyright: ignore[reportCallIssue]
+    assert compute_cost(alone, 10).inference_elements == 100 * (48 + 48)
+
+
+def test_rectangles_and_sizes_that_are_too_small():
+    spec = make_spec("mobilenet_v2", num_classes=0)
+    assert compute_cost(spec, (64, 128)).madds == 2 * compute_cost(spec, 64).madds
+    # Keras' V1 pads no top row at a stride of 2: a map of one pixel has nothing left.
+    with pytest.raises(
+        ValueError, match="map of 1x1 is too small for a 3x3 convolution of stride 2: use a larger image"
+    ):
+        compute_cost(make_spec("mobilenet_v1", convention="keras"), 16)
+    with pytest.raises(ValueError, match="map of 0x0 is too small"):
+        compute_cost(spec, 0)

@@ -1,0 +1,125 @@
+import functools
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from mobilenet_jax.models.init import init_variables
+from mobilenet_jax.models.network import MobileNet, create_model
+from mobilenet_jax.models.spec import Conv, InvertedResidual, Separable, SqueezeExcite
+from mobilenet_jax.models.zoo import make_spec
+
+# A net with every kind of row, for linen compiles a generator for each kernel.
+BLOCKS = (Separable(filters=64), InvertedResidual(expanded=512, filters=128, kernel=5, se=SqueezeExcite()))
+# Standard deviation of each kernel under "he": sqrt(2 / (k*k*C_out/groups)), the classifier's apart.
+HE = {
+    "stem/conv": math.sqrt(2 / (9 * 48)),
+    "block_00/depthwise/conv": math.sqrt(2 / 9),
+    "block_00/pointwise/conv": math.sqrt(2 / 64),
+    "block_01/expand/conv": math.sqrt(2 / 512),
+    "block_01/depthwise/conv": math.sqrt(2 / 25),
+    "block_01/se/reduce": math.sqrt(2 / 128),
+    "block_01/se/expand": math.sqrt(2 / 512),
+    "block_01/project/conv": math.sqrt(2 / 128),
+    "head/conv": math.sqrt(2 / 256),
+    "hidden": math.sqrt(2 / 320),
+    "classifier": 0.01,
+}
+
+
+@functools.cache
+def _kernels(model, init, how):
+    """{path: kernel} by NumPy or by linen's own initialisers; of `model`'s constants, with the rows above."""
+    spec = make_spec(model, num_classes=100, init=init)
+    head = Conv(filters=256, kernel=1)
+    module = MobileNet(replace(spec, stem=Conv(filters=48), blocks=BLOCKS, head=head, hidden=320))
+    if how == "numpy":
+        variables = init_variables(module, seed=3, image_size=8)
+    else:
+        variables = jax.jit(module.init)(jax.random.key(3), jnp.zeros((1, 8, 8, 3)))
+    flat = traverse_util.flatten_dict(variables["params"], sep="/")
+    return {
+        path.removesuffix("/kernel"): np.asarray(v) for path, v in flat.items() if path.endswith("kernel")
+    }
+
+
+def _assert_stddev(values, expected):
+    # The standard error of the estimate from n values is 1 / sqrt(2 n); five of them.
+    assert values.std() == pytest.approx(expected, rel=5 / math.sqrt(2 * values.size))
+    assert abs(values.mean()) < 5 * expected / math.sqrt(values.size)
+
+
+@pytest.mark.parametrize("how", ["numpy", "linen"])
+def test_trap_01_he_counts_fan_out_a_group(how):
+    kernels = _kernels("mobilenet_v2", "he", how)
+    assert kernels.keys() == HE.keys()
+    for path, kernel in kernels.items():
+        _assert_stddev(kernel, HE[path])
+
+
+@pytest.mark.parametrize("how", ["numpy", "linen"])
+@pytest.mark.parametrize(("model", "stddev"), [("mobilenet_v1", 0.09), ("mobilenet_v3_small", 0.008)])
+def test_slim_is_a_normal_cut_at_two_deviations(model, stddev, how):
+    # Var of a standard normal cut at +-2: 1 - 4 phi(2) / (2 Phi(2) - 1) = 0.7737.
+    cut = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
+    for path, kernel in _kernels(model, "slim", how).items():
+        assert np.abs(kernel).max() <= 2 * stddev * (1 + 1e-6), path
+        _assert_stddev(kernel, cut * stddev)
+
+
+def test_kernels_are_normal():
+    values = _init("mobilenet_v2", 0)["params/head/conv/kernel"] / math.sqrt(2 / 1280)
+    assert (np.abs(values) > 2).mean() == pytest.approx(0.0455, rel=0.03)  # nothing is cut
+    assert (values**4).mean() == pytest.approx(3, rel=0.03)
+
+
+@functools.cache
+def _init(model, seed, size=32, **options):
+    variables = init_variables(
+        create_model(model, num_classes=10, width=0.25, **options), seed=seed, image_size=size
+    )
+    return traverse_util.flatten_dict(variables, sep="/")
+
+
+def test_values_depend_on_seed_and_path_alone():
+    first, again, other_size = (
+        _init("mobilenet_v2", 0),
+        _init.__wrapped__("mobilenet_v2", 0),
+        _init("mobilenet_v2", 0, 64),
+    )
+    for path, value in first.items():
+        assert value.dtype == np.float32
+        np.testing.assert_array_equal(value, again[path])
+        np.testing.assert_array_equal(value, other_size[path])
+    other_seed = _init("mobilenet_v2", 1)
+    kernels = [path for path in first if path.endswith("kernel")]
+    assert all((first[path] != other_seed[path]).any() for path in kernels)
+    # No two kernels share their numbers.
+    assert len({first[path].ravel()[:4].tobytes() for path in kernels}) == len(kernels)
+    # Taking layers away changes none of those that stay.
+    headless = _init("mobilenet_v2", 0, shortcut="none")
+    assert headless.keys() == first.keys()
+    with_se = _init("mobilenet_v2", 0, se_ratio=0.25)
+    assert with_se.keys() > first.keys()
+    assert all((with_se[path] == first[path]).all() for path in first)
+
+
+def test_norms_start_as_the_identity():
+    values = _init("mobilenet_v3_small", 0)
+    assert {path.rsplit("/", 1)[1] for path in values} == {"kernel", "scale", "bias", "mean", "var"}
+    for path, value in values.items():
+        if not path.endswith("kernel"):
+            assert (value == (1 if path.endswith(("scale", "var")) else 0)).all(), path
+
+
+def test_structure_is_linens():
+    module = create_model("mobilenet_v3_small", num_classes=10, width=0.25)
+    linen = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+    numpy = init_variables(module, seed=0, image_size=32)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), linen) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), numpy
+    )
