@@ -3,10 +3,8 @@
 `apply` is called by every recipe file; `:imagenet` keeps the paper's own training, set in that file.
 """
 
-import ml_collections
 
-
-def apply(config: ml_collections.ConfigDict, dataset: str) -> None:
+def apply(config, dataset: str) -> None:
     """Set the data section, and for small sets the training; ValueError for an unknown name."""
     if dataset not in DATASETS:
         raise ValueError(f"there is no variant {dataset!r}; valid: {', '.join(DATASETS)}")
@@ -14,7 +12,7 @@ def apply(config: ml_collections.ConfigDict, dataset: str) -> None:
     DATASETS[dataset](config)
 
 
-def _short_training(config: ml_collections.ConfigDict, *, epochs: float) -> None:
+def _short_training(config, *, epochs: float) -> None:
     """A recipe for short runs on small sets, the same for every network; its values were chosen on digits."""
     config.optim.name = "sgd"
     config.optim.nesterov = True
@@ -30,7 +28,7 @@ def _short_training(config: ml_collections.ConfigDict, *, epochs: float) -> None
     config.ema.decay = 0.99
 
 
-def _digits(config: ml_collections.ConfigDict) -> None:
+def _digits(config) -> None:
     """1,437 + 360 handwritten digits of 8x8, in the package: about a minute and a half on two cores."""
     _short_training(config, epochs=20.0)
     config.model.width = 0.5
@@ -43,7 +41,7 @@ def _digits(config: ml_collections.ConfigDict) -> None:
     data.pad = 3
 
 
-def _fashion_mnist(config: ml_collections.ConfigDict) -> None:
+def _fashion_mnist(config) -> None:
     """60,000 + 10,000 grey images of 28x28, through TFDS: about 20 minutes on two cores."""
     _short_training(config, epochs=10.0)
     config.model.width = 0.5
@@ -61,7 +59,7 @@ def _fashion_mnist(config: ml_collections.ConfigDict) -> None:
     data.flip = True
 
 
-def _cifar10(config: ml_collections.ConfigDict) -> None:
+def _cifar10(config) -> None:
     """50,000 + 10,000 colour images of 32x32, through TFDS: an accelerator's work."""
     _short_training(config, epochs=100.0)
     config.model.stride_one = (0, 1)  # the last maps are 4x4
@@ -78,7 +76,7 @@ def _cifar10(config: ml_collections.ConfigDict) -> None:
     data.flip = True
 
 
-def _uc_merced(config: ml_collections.ConfigDict) -> None:
+def _uc_merced(config) -> None:
     """2,100 aerial photographs of 256 px in 21 classes, through TFDS; it has no test split: 30% are held out."""
     _short_training(config, epochs=100.0)
     config.train.label_smoothing = 0.1
@@ -95,7 +93,7 @@ def _uc_merced(config: ml_collections.ConfigDict) -> None:
     data.flip = True
 
 
-def _folder(config: ml_collections.ConfigDict) -> None:
+def _folder(config) -> None:
     """Your own images, `data.path`; sized for about a thousand of them on two cores."""
     _short_training(config, epochs=30.0)
     config.model.width = 0.35
@@ -111,7 +109,7 @@ def _folder(config: ml_collections.ConfigDict) -> None:
     data.color_jitter = 0.3
 
 
-def _imagenet(config: ml_collections.ConfigDict) -> None:
+def _imagenet(config) -> None:
     """1,281,167 + 50,000 photographs, through TFDS; Inception preprocessing as all the papers name it."""
     data = config.data
     data.source = "tfds:imagenet2012"

@@ -7,11 +7,13 @@ Variants: digits, fashion_mnist, cifar10, uc_merced, folder (data.path), imagene
 (1704.04861, Table 6), not yet reproduced by this code.
 """
 
+from typing import Any
+
 from configs import base, datasets
 
 
 def get_config(dataset: str = "digits"):
-    config = base.get_config()
+    config: Any = base.get_config()
     config.model.name = "mobilenet_v1"
     config.model.dropout = 1e-3  # keep .999: row "V1 slim script"
     if dataset == "imagenet":

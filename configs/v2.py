@@ -7,11 +7,13 @@ Variants: digits, fashion_mnist, cifar10, uc_merced, folder (data.path), imagene
 (1801.04381, Table 4), not yet reproduced by this code.
 """
 
+from typing import Any
+
 from configs import base, datasets
 
 
 def get_config(dataset: str = "digits"):
-    config = base.get_config()
+    config: Any = base.get_config()
     config.model.name = "mobilenet_v2"
     config.model.dropout = 0.2  # not stated; keep .8: row "V2 slim README"
     if dataset == "imagenet":

@@ -7,11 +7,13 @@ Variants: digits, fashion_mnist, cifar10, uc_merced, folder (data.path), imagene
 (1905.02244, Table 3), not yet reproduced by this code.
 """
 
+from typing import Any
+
 from configs import base, datasets
 
 
 def get_config(dataset: str = "digits"):
-    config = base.get_config()
+    config: Any = base.get_config()
     config.model.name = "mobilenet_v3_large"
     config.model.dropout = 0.2  # sec. 6.1.1 says "0.8", the share kept
     if dataset == "imagenet":

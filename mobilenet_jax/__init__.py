@@ -1,17 +1,19 @@
 """MobileNet in JAX: models, training, exact evaluation."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mobilenet_jax.models.init import init_variables
     from mobilenet_jax.models.network import create_model
 
-__all__ = ["create_model"]
+__all__ = ["create_model", "init_variables"]
+
+_MODULES = {"create_model": "mobilenet_jax.models.network", "init_variables": "mobilenet_jax.models.init"}
 
 
 def __getattr__(name: str):
     # `python -m mobilenet_jax.main --help` imports this file first: JAX waits until a model is asked for.
-    if name == "create_model":
-        from mobilenet_jax.models.network import create_model
-
-        return create_model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

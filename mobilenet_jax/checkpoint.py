@@ -1,6 +1,7 @@
 """Checkpoints of one instant: training state, data iterator and config, written by Orbax, verified when read."""
 
 import itertools
+import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ PROTECTED = (
     "data.batch_size",
     "data.holdout",
     "data.num_classes",
+    "data.train_images",
     "optim.name",
     "optim.freeze",
     "processes",
 )
-# Where data may move to another disk.
+# Other formulations of the same network.
 _FREE_MODEL_KEYS = ("model.lowering", "model.depthwise_impl", "model.remat")
+_ITEMS = ("state", "meta")
 
 
 class CheckpointMismatchError(ValueError):
@@ -48,8 +51,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
-        items = ("state", "iterator", "meta")
-        return ocp.CheckpointManager(self._directory, options=options, item_names=items)
+        return ocp.CheckpointManager(self._directory, options=options, item_names=_ITEMS)
 
     def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator, meta: dict) -> None:
         """Write in the background; a step that is there already is left as it is.
@@ -60,10 +62,15 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         leaves = _name_leaves(jax.tree.map(np.array, state))
+        meta = {
+            **meta,
+            "iterator": iterator.get_state(),
+            "shapes": _shapes(leaves),
+            "checksum": _checksum_leaves(leaves),
+        }
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves),
-            iterator=grain.checkpoint.CheckpointSave(iterator),  # pyright: ignore[reportCallIssue]
-            meta=ocp.args.JsonSave({**meta, "shapes": _shapes(leaves), "checksum": _checksum(leaves)}),
+            meta=ocp.args.JsonSave({"content": meta, "checksum": _checksum_meta(meta)}),
         )
         self._manager.save(step, args=args)
 
@@ -86,7 +93,7 @@ class Checkpoints:
             except CheckpointMismatchError:
                 raise
             except Exception as error:  # whatever Orbax, TensorStore or JSON make of a damaged file
-                damaged[step] = (str(error) or type(error).__name__).splitlines()[0][:200]
+                damaged[step] = _first_line(error)
                 continue
             if damaged:
                 self._set_aside(damaged)
@@ -98,22 +105,17 @@ class Checkpoints:
 
     def _read(self, step: int, state: TrainState, iterator: grain.DatasetIterator, config: dict):
         where = self._directory / str(step)
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        meta = _read_meta(self._manager, step)
         check_same_run(meta["config"], config, where)
-        template = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in _name_leaves(state).items()}
+        template = _name_leaves(state)
         shapes, saved = _shapes(template), meta["shapes"]
         if changed := sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n) != saved.get(n)):
             raise CheckpointMismatchError(
                 f"{where} was written by another model or optimizer: {changed[0]} was {saved.get(changed[0])} and is "
                 f"{shapes.get(changed[0])}, {len(changed)} arrays differ in all; give another --workdir"
             )
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(template),
-            iterator=grain.checkpoint.CheckpointRestore(iterator),  # pyright: ignore[reportCallIssue]
-        )
-        leaves = self._manager.restore(step, args=args).state
-        if _checksum(leaves) != meta["checksum"]:
-            raise ValueError("its checksum differs")
+        leaves = _read_leaves(self._manager, step, meta)
+        iterator.set_state(meta["iterator"])
         return jax.tree.unflatten(jax.tree.structure(state), [leaves[name] for name in template]), meta
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
@@ -158,23 +160,33 @@ def check_same_run(saved: dict, config: dict, where: Path) -> None:
         )
 
 
-def load_variables(workdir: str) -> tuple[dict, dict]:
-    """({"params", "batch_stats"}, meta) of a workdir's newest checkpoint, averaged ones if it has them.
+def read_checkpoint(workdir: str | Path) -> tuple[dict[str, np.ndarray], dict]:
+    """({"params.stem.conv.kernel": array, ...}, meta) of a workdir's newest checkpoint, which is not changed.
 
-    Raises FileNotFoundError if there is none.
+    Raises FileNotFoundError if there is none, ValueError if it is damaged.
     """
     directory = Path(workdir).absolute() / "checkpoints"
     if not directory.is_dir():
-        raise FileNotFoundError(f"init is {workdir!r}, which holds no checkpoints; valid: the workdir of a run")
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(directory, options=options, item_names=("state", "meta")) as manager:
+        raise FileNotFoundError(f"{workdir} holds no checkpoints; valid: the workdir of a run")
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(directory, options=options, item_names=_ITEMS) as manager:
         step = manager.latest_step()
         if step is None:
-            raise FileNotFoundError(f"init is {workdir!r}, which holds no finished checkpoint yet")
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        template = {name: np.empty(shape, dtype) for name, (dtype, shape) in meta["shapes"].items()}
-        restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))
-    state: dict[str, Any] = traverse_util.unflatten_dict(restored.state, sep=".")
+            raise FileNotFoundError(f"{workdir} holds no finished checkpoint yet")
+        try:
+            meta = _read_meta(manager, step)
+            return _read_leaves(manager, step, meta), meta
+        except Exception as error:  # as in `Checkpoints.restore`
+            raise ValueError(f"{directory / str(step)} is damaged: {_first_line(error)}") from error
+
+
+def load_variables(workdir: str | Path) -> tuple[dict, dict]:
+    """({"params", "batch_stats"}, meta) of a workdir's newest checkpoint, averaged ones if it has them.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged.
+    """
+    leaves, meta = read_checkpoint(workdir)
+    state: dict[str, Any] = traverse_util.unflatten_dict(leaves, sep=".")
     return {name: state.get("ema", state)[name] for name in ("params", "batch_stats")}, meta
 
 
@@ -184,9 +196,7 @@ def merge_variables(fresh: dict, loaded: dict, *, source: str) -> dict:
     Raises ValueError naming the leaves that do not fit.
     """
     flat, given = traverse_util.flatten_dict(fresh, sep="/"), traverse_util.flatten_dict(loaded, sep="/")
-    misfits = {
-        path for path in flat.keys() | given.keys() if np.shape(flat.get(path)) != np.shape(given.get(path))
-    }
+    misfits = {path for path in flat.keys() | given.keys() if np.shape(flat.get(path)) != np.shape(given.get(path))}
     wrong = sorted(path for path in misfits if not path.startswith("params/classifier/"))
     if wrong:
         raise ValueError(
@@ -209,12 +219,36 @@ def _shapes(leaves: dict[str, Any]) -> dict[str, list]:
     return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves.items()}
 
 
-def _checksum(leaves: dict[str, np.ndarray]) -> int:
+def _checksum_leaves(leaves: dict[str, np.ndarray]) -> int:
     """CRC-32 over all leaves: a flipped bit inside a chunk would pass Orbax unnoticed."""
     value = 0
     for name in sorted(leaves):
         value = zlib.crc32(np.ascontiguousarray(leaves[name]).reshape(-1).view(np.uint8).data, value)
     return value
+
+
+def _checksum_meta(meta: dict) -> int:
+    """CRC-32 of its JSON: a flipped bit could move the iterator, or make the config another run's."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict:
+    saved = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    if _checksum_meta(saved["content"]) != saved["checksum"]:
+        raise ValueError("the checksum of its meta differs")
+    return saved["content"]
+
+
+def _read_leaves(manager: ocp.CheckpointManager, step: int, meta: dict) -> dict[str, np.ndarray]:
+    template = {name: np.empty(shape, dtype) for name, (dtype, shape) in meta["shapes"].items()}
+    leaves = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))).state
+    if _checksum_leaves(leaves) != meta["checksum"]:
+        raise ValueError("the checksum of its state differs")
+    return leaves
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _free_name(path: Path) -> Path:

@@ -14,8 +14,8 @@ def evaluate(
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """({"loss", "top1", "top5", "count"}, confusion [K, K] or None) of `variables` on all of `batches`.
 
-    `step` is a sharded `steps.eval_step`; `batches` are this process's. Sums are added in float64 and divided once.
-    Raises RuntimeError unless exactly `count` images were seen.
+    `step` is a sharded `steps.eval_step`; `batches` are this process's. Sums are added in float64 and divided
+    once. Raises RuntimeError unless exactly `count` images were seen.
     """
     total: dict[str, np.ndarray] = {}
     pending = None

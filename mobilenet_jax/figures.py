@@ -85,13 +85,9 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], path: str | o
     matrix = np.asarray(matrix)
     classes = len(class_names)
     if matrix.shape != (classes, classes) or not matrix.sum():
-        raise ValueError(
-            f"a confusion matrix of shape {matrix.shape}, sum {matrix.sum()}, for {classes} classes"
-        )
+        raise ValueError(f"a confusion matrix of shape {matrix.shape}, sum {matrix.sum()}, for {classes} classes")
     if classes > MAX_CLASSES:
-        raise ValueError(
-            f"{classes} classes are too many for a confusion matrix; valid are up to {MAX_CLASSES}"
-        )
+        raise ValueError(f"{classes} classes are too many for a confusion matrix; valid are up to {MAX_CLASSES}")
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)  # a class without examples stays blank
     side = min(5 + 0.22 * classes, 16)
     figure = Figure(figsize=(side + 1, side), dpi=120, layout="constrained")

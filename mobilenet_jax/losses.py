@@ -21,9 +21,7 @@ def softmax_cross_entropy(logits: jax.Array, targets: jax.Array, *, label_smooth
       ValueError: the targets are neither of the two kinds, or the smoothing is out of range.
     """
     if not 0 <= label_smoothing < 1:
-        raise ValueError(
-            f"train.label_smoothing is {label_smoothing}; valid is a share from 0 up to, not including, 1"
-        )
+        raise ValueError(f"train.label_smoothing is {label_smoothing}; valid is a share from 0 up to, not including, 1")
     if targets.shape == logits.shape[:1] and jnp.issubdtype(targets.dtype, jnp.integer):
         targets = jax.nn.one_hot(targets, logits.shape[-1])
     elif targets.shape != logits.shape or not jnp.issubdtype(targets.dtype, jnp.floating):

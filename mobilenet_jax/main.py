@@ -140,14 +140,16 @@ def run(flags: argparse.Namespace, config) -> int:
         raise UsageError(str(error)) from error
     with prepared:
         prepared.seconds = {"import": imported, **prepared.seconds}
-        if flags.mode == "eval":
-            print(json.dumps(prepared.evaluate()))
-            return 0
-        if prepared.start_step:
-            print(f"continuing {workdir} from step {prepared.start_step:,}", file=sys.stderr)
         try:
+            if flags.mode == "eval":
+                print(json.dumps(prepared.evaluate()))
+                return 0
+            if prepared.finished_result:
+                print(f"{workdir} is finished; more train.epochs or train.steps continue it", file=sys.stderr)
+            elif prepared.start_step:
+                print(f"continuing {workdir} from step {prepared.start_step:,}", file=sys.stderr)
             result = prepared.train()
-        except (NonFiniteError, UnreadableImageError) as error:
+        except (NonFiniteError, UnreadableImageError, OSError) as error:
             print(error, file=sys.stderr)
             return 1
     if "stopped" in result:
@@ -170,6 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -93,9 +93,7 @@ class MetricsWriter:
         _write_atomic(path, "".join(map(_encode, kept)))
         self._file = path.open("a", encoding="utf-8")
         # The suffix keeps a run that is resumed within a second from overwriting the file of the one before.
-        self._events = SummaryWriter(
-            str(workdir), purge_step=start_step + 1, filename_suffix=f".{time.time_ns()}"
-        )
+        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, filename_suffix=f".{time.time_ns()}")
 
     def write(self, step: int, values: Mapping[str, SupportsFloat | str | None]) -> None:
         """Appends one line, {"step": step, **values}, and hands it to the system at once.
@@ -111,8 +109,7 @@ class MetricsWriter:
         if step <= self._step:
             raise ValueError(f"metrics of step {step} come after those of step {self._step}")
         plain = {
-            name: value if isinstance(value, str | None) else np.asarray(value).item()
-            for name, value in values.items()
+            name: value if isinstance(value, str | None) else np.asarray(value).item() for name, value in values.items()
         }
         self._file.write(_encode({"step": int(step), **plain}))
         self._file.flush()  # the line is in the buffer whole: this is one system call
@@ -171,8 +168,7 @@ def _parse_lines(path: Path) -> list[dict]:
 
 def _encode(values: Mapping) -> str:
     finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
     return json.dumps(finite, allow_nan=False) + "\n"
 

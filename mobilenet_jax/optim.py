@@ -14,9 +14,7 @@ import optax
 from absl import logging
 
 
-def make_schedule(
-    optim_config, *, batch_size: int, steps_per_epoch: float, total_steps: int
-) -> optax.Schedule:
+def make_schedule(optim_config, *, batch_size: int, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
     """The learning rate at each step, counted from 0.
 
     The peak is lr_per_256 * batch_size / 256 (the linear rule of 1706.02677). The warm-up is linear from 0 to
@@ -38,9 +36,7 @@ def make_schedule(
     peak = optim_config.lr_per_256 * batch_size / 256
     warmup = optim_config.warmup_epochs * steps_per_epoch
     if warmup >= total_steps:
-        logging.warning(
-            "optim.warmup_epochs: the warm-up of %g steps outlasts the %d of the run", warmup, total_steps
-        )
+        logging.warning("optim.warmup_epochs: the warm-up of %g steps outlasts the %d of the run", warmup, total_steps)
     after = SCHEDULES[optim_config.schedule](optim_config, peak, warmup, steps_per_epoch, total_steps)
     if not warmup:
         return after
@@ -198,9 +194,7 @@ def match_rules(params, rules: Sequence[tuple[str, Any]], *, key: str):
                 f"{key}: {pattern!r} matches no parameter that the patterns before it leave; "
                 "paths look like 'block_03/expand/conv/kernel'"
             )
-        logging.info(
-            "%s: %r: %s for %d parameters, %d elements", key, pattern, value, len(matched), sum(matched)
-        )
+        logging.info("%s: %r: %s for %d parameters, %d elements", key, pattern, value, len(matched), sum(matched))
     return jax.tree.unflatten(jax.tree.structure(params), values)
 
 
@@ -231,9 +225,7 @@ def check_config(optim_config) -> None:
                 continue
         raise ValueError(f"optim.decay_rules: {rule!r} is not a pair of a pattern and a factor of 0 or more")
     if not all(isinstance(pattern, str) for pattern in optim_config.freeze):
-        raise ValueError(
-            f"optim.freeze is {optim_config.freeze!r}; valid is a tuple of patterns: ('^stem/',)"
-        )
+        raise ValueError(f"optim.freeze is {optim_config.freeze!r}; valid is a tuple of patterns: ('^stem/',)")
 
 
 _VALID: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (

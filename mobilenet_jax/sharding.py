@@ -1,6 +1,7 @@
-"""One mesh axis over all devices of all hosts: batches are split along it, everything else is on every device."""
+"""One mesh axis over all devices of all hosts: batches are split along it, all else is on every device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ AXIS = "data"
 PARALLEL = ("jit", "pmap")
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A 1-D mesh over `devices`, all of them by default."""
     return Mesh(np.array(devices or jax.devices()), (AXIS,))
 
@@ -32,11 +33,16 @@ def replicate(tree, mesh: Mesh):
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def make_key(seed: int, mesh: Mesh) -> jax.Array:
+    """The random key of a seed on every device; of several processes each makes its own copy."""
+    return jax.jit(lambda: jax.random.key(seed), out_shardings=NamedSharding(mesh, PartitionSpec()))()
+
+
 def shard_train_step(step: Callable, mesh: Mesh, parallel: str) -> Callable:
     """Jit (state, batch, key) -> (state, metrics) over the mesh; the state is donated.
 
-    `jit`: the step sees the global batch, so batch-norm statistics are those of all images. `pmap`: each device runs
-    the step on its share, as under `jax.pmap`, and averages gradients over the axis "data" itself.
+    `jit`: the step sees the global batch, so batch-norm statistics are those of all images. `pmap`: each
+    device runs the step on its share, as under `jax.pmap`, and averages gradients over "data" itself.
     """
     everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
     if parallel == "pmap":

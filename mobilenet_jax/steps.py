@@ -1,5 +1,6 @@
 """One training step and one evaluation step: pure functions of data, neither jitted nor aware of a config."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,16 @@ from jax import lax
 from mobilenet_jax.ema import update_ema
 from mobilenet_jax.losses import mix_batch, softmax_cross_entropy
 
+# JAX 0.8.2 renamed `pvary` and 0.10 removed it.
+_to_varying = functools.partial(lax.pcast, to="varying") if hasattr(lax, "pcast") else lax.pvary  # pyright: ignore[reportAttributeAccessIssue]
+
 Batch = dict[str, jax.Array]
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run carries from step to step; randomness is `fold_in(key, step)` and needs no place here."""
+    """All that a run carries from step to step; randomness is `fold_in(key, step)` and has no place here."""
 
     step: jax.Array  # steps done
     params: Any
@@ -53,7 +57,8 @@ def create_state(variables: dict, optimizer: optax.GradientTransformation, *, em
 
 def normalise_images(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
     """uint8 [B, H, W, C] to float32 (x - mean) / std, both in grey levels."""
-    return (images.astype(jnp.float32) - jnp.array(mean)) / jnp.array(std)
+    mean_array, std_array = (jnp.array(grey_levels)[None, None, None, :] for grey_levels in (mean, std))
+    return (images.astype(jnp.float32) - mean_array) / std_array
 
 
 def train_step(
@@ -65,17 +70,23 @@ def train_step(
     optimizer: optax.GradientTransformation,
     options: StepOptions,
 ) -> tuple[TrainState, Sums]:
-    """Update on {"images" uint8 [B, H, W, C], "labels" int [B]}; metrics are (sum, count) over the global batch."""
+    """Update on {"images" uint8 [B, H, W, C], "labels" int [B]}.
+
+    The metrics are (sum, count) over the global batch, the gradient's norm is that before any clipping.
+    """
     key = jax.random.fold_in(key, state.step)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     if options.axis:
         key = jax.random.fold_in(key, lax.axis_index(options.axis))
-        # Gradients of replicated parameters would arrive already summed over the devices; of varying ones they are
-        # each device's own, and the mean below is the only one.
-        variables = lax.pcast(variables, options.axis, to="varying")
+        # Gradients of replicated parameters would arrive already summed over the devices; of varying ones
+        # they are each device's own, and the mean below is the only one.
+        variables = _to_varying(variables, options.axis)
     grads, batch_stats, sums = _gradients(variables, batch, key, model=model, options=options)
     if options.axis:
-        grads, batch_stats = lax.pmean((grads, batch_stats), options.axis)
+        grads = lax.pmean(grads, options.axis)
+        # A mean of equal values may be off by a rounding; that of their changes leaves frozen ones alone.
+        changes = jax.tree.map(jnp.subtract, batch_stats, variables["batch_stats"])
+        batch_stats = jax.tree.map(jnp.add, state.batch_stats, lax.pmean(changes, options.axis))
         sums = lax.psum(sums, options.axis)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -83,7 +94,7 @@ def train_step(
     if ema is not None:
         new = {"params": params, "batch_stats": batch_stats}
         ema = update_ema(ema, new, step=state.step, decay=options.ema_decay)
-    sums["grad_norm"] = (optax.global_norm(grads), jnp.ones(()))
+    sums["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), sums
 
 
@@ -149,10 +160,10 @@ def eval_step(
 ) -> dict[str, jax.Array]:
     """Sums over the images that `batch["mask"]` [B] marks: loss, top1, top5, count, and confusion [K, K].
 
-    The confusion matrix counts true classes in rows, predicted ones in columns; above 100 classes it is left out.
+    The confusion matrix has true classes in rows, predicted ones in columns; above 100 classes there is none.
     """
     images = normalise_images(batch["images"], mean, std)
-    logits = model.apply(variables, images, train=False)
+    logits: Any = model.apply(variables, images, train=False)
     labels, mask = batch["labels"], batch["mask"]
     classes = logits.shape[-1]
     losses = softmax_cross_entropy(logits, labels, label_smoothing=0.0)

@@ -88,9 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(MODELS))
         return 0
     try:
-        spec = make_spec(
-            args.model, width=args.width, num_classes=args.num_classes, convention=args.convention
-        )
+        spec = make_spec(args.model, width=args.width, num_classes=args.num_classes, convention=args.convention)
         summary = make_summary(spec, args.resolution)
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
 from absl import logging
 from flax import traverse_util
@@ -37,6 +36,7 @@ from mobilenet_jax.sharding import (
     AXIS,
     PARALLEL,
     check_batch_size,
+    make_key,
     make_mesh,
     put_batch,
     replicate,
@@ -47,16 +47,16 @@ from mobilenet_jax.steps import StepOptions, TrainState, create_state, eval_step
 
 
 class NonFiniteError(RuntimeError):
-    """Training stopped because the loss or its gradient is not finite any more."""
+    """Training stopped because the loss, its gradient or the state is not finite any more."""
 
 
-def flatten_config(config: ml_collections.ConfigDict) -> dict:
+def flatten_config(config) -> dict:
     """{"optim.name": "sgd", ...} as JSON would give it back."""
     flat = traverse_util.flatten_dict(config.to_dict(), sep=".", keep_empty_nodes=False)
     return json.loads(json.dumps(flat))
 
 
-def build_model(config: ml_collections.ConfigDict, info: DataInfo) -> MobileNet:
+def build_model(config, info: DataInfo) -> MobileNet:
     """The model of `config.model` for the classes of the data set.
 
     Raises ValueError for an impossible value, or fewer classes than the data has.
@@ -70,12 +70,21 @@ def build_model(config: ml_collections.ConfigDict, info: DataInfo) -> MobileNet:
     return create_model(**options, freeze_stats=config.train.freeze_stats)
 
 
-def _check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+def _check(config, mesh: Mesh) -> None:
     """What no other module checks of `config.train` and the top level."""
     check_choice("parallel", config.parallel, PARALLEL)
     check_share("ema.decay", config.ema.decay)
     check_share("train.label_smoothing", config.train.label_smoothing)
-    train = config.train
+    if config.seed < 0:
+        raise ValueError(f"seed is {config.seed}; valid: 0 or more")
+    train, data = config.train, config.data
+    for key in ("mixup", "cutmix"):
+        if data[key] < 0:
+            raise ValueError(f"data.{key} is {data[key]}; valid: 0 (off) or more")
+    if not 0 <= data.mix_probability <= 1:
+        raise ValueError(f"data.mix_probability is {data.mix_probability}; valid: 0 to 1")
+    if len(data.mean) != 3 or len(data.std) != 3 or min(data.std) <= 0:
+        raise ValueError(f"data.mean is {data.mean}, data.std {data.std}; valid: 3 grey levels each, std above 0")
     for key in ("log_every_steps", "keep_checkpoints", "accumulate"):
         if train[key] < 1:
             raise ValueError(f"train.{key} is {train[key]}; valid: 1 or more")
@@ -84,8 +93,8 @@ def _check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
             raise ValueError(f"train.{key} is {train[key]}; valid: above 0, or 0 for the end of the run alone")
     if (train.epochs if train.steps is None else train.steps) <= 0:
         raise ValueError("train.steps, or train.epochs where steps is none, must be above 0")
-    check_batch_size("data.batch_size / train.accumulate", config.data.batch_size / train.accumulate, mesh)
-    check_batch_size("data.eval_batch_size", config.data.eval_batch_size, mesh)
+    check_batch_size("data.batch_size / train.accumulate", data.batch_size / train.accumulate, mesh)
+    check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh)
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Plan:
         return step == self.total_steps or step % every == 0
 
 
-def make_plan(config: ml_collections.ConfigDict, train_count: int) -> Plan:
+def make_plan(config, train_count: int) -> Plan:
     """The plan of a run over `train_count` images."""
     train = config.train
     per_epoch = train_count / config.data.batch_size
@@ -112,7 +121,28 @@ def make_plan(config: ml_collections.ConfigDict, train_count: int) -> Plan:
     def every(epochs: float) -> int:
         return max(1, round(epochs * per_epoch)) if epochs else total
 
-    return Plan(total, per_epoch, every(train.eval_every_epochs), every(train.save_every_epochs), train.log_every_steps)
+    return Plan(
+        total,
+        per_epoch,
+        every(train.eval_every_epochs),
+        every(train.save_every_epochs),
+        train.log_every_steps,
+    )
+
+
+def warn_of_slow_statistics(bn_decay: float, total_steps: int) -> None:
+    """Say so when over 5% of the initial batch-norm statistics would be left in the running ones at the run's end."""
+    left = bn_decay**total_steps
+    if left > 0.05:
+        fitting = math.floor(0.01 ** (1 / total_steps) * 1000) / 1000
+        logging.warning(
+            "model.bn_decay = %g leaves %.0f%% of the initial statistics in those of evaluation after %d steps; "
+            "%g leaves 1%%",
+            bn_decay,
+            100 * left,
+            total_steps,
+            fitting,
+        )
 
 
 class StopSignals:
@@ -146,7 +176,7 @@ class Run:
       ValueError, OSError: a config, data set or checkpoint that does not fit, in one sentence.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: str | Path):
+    def __init__(self, config, workdir: str | Path):
         start = time.perf_counter()
         self.config, self.workdir, self.mesh = config, Path(workdir), make_mesh()
         _check(config, self.mesh)
@@ -157,13 +187,15 @@ class Run:
         self._eval_batches, self._eval_count = make_eval_batches(config.data, **processes)
         self.plan = make_plan(config, self.info.train_count)
         self._is_first = jax.process_index() == 0
+        if not config.train.freeze_stats:
+            warn_of_slow_statistics(config.model.bn_decay, self.plan.total_steps)
         opened = time.perf_counter()
         self._restore(processes["process_count"])
         self.seconds = {"data": opened - start, "init": time.perf_counter() - opened}
 
     def _restore(self, process_count: int) -> None:
         config = self.config
-        variables = init_variables(self.model, seed=config.seed, image_size=config.data.image_size)
+        variables = init_variables(self.model, seed=config.seed)
         self.schedule = make_schedule(
             config.optim,
             batch_size=config.data.batch_size,
@@ -171,7 +203,11 @@ class Run:
             total_steps=self.plan.total_steps,
         )
         self._optimizer = make_optimizer(config.optim, variables["params"], schedule=self.schedule)
-        flat = {"model.num_classes": self.model.spec.num_classes, "processes": process_count}
+        flat = {
+            "model.num_classes": self.model.spec.num_classes,
+            "data.train_images": self.info.train_count,
+            "processes": process_count,
+        }
         self._flat_config = {**flatten_config(config), **flat}
         self._checkpoints = Checkpoints(self.workdir, keep=config.train.keep_checkpoints)
         fresh = functools.partial(create_state, optimizer=self._optimizer, ema=config.ema.decay > 0)
@@ -179,12 +215,12 @@ class Run:
             restored = self._checkpoints.restore(
                 jax.eval_shape(fresh, variables), self._iterator, config=self._flat_config
             )
-        except ValueError:
+            if restored is None and config.init:
+                loaded, _ = load_variables(config.init)
+                variables = merge_variables(variables, loaded, source=config.init)
+        except (ValueError, OSError):
             self.close()
             raise
-        if restored is None and config.init:
-            loaded, _ = load_variables(config.init)
-            variables = merge_variables(variables, loaded, source=config.init)
         state, meta = restored or (fresh(variables), {"train": {}, "skipped": 0})
         self.start_step = int(state.step)
         self._state: TrainState = replicate(state, self.mesh)
@@ -205,6 +241,16 @@ class Run:
     def __exit__(self, *_) -> None:
         self.close()
 
+    @property
+    def finished_result(self) -> dict | None:
+        """What `train` returned when it reached the last step; None where there is something left to do."""
+        path = self.workdir / "result.json"
+        if self.start_step < self.plan.total_steps or not path.exists():
+            return None
+        result = json.loads(path.read_text())
+        # A run that was made longer and then killed has the result of its shorter self.
+        return result if result["step"] == self.start_step else None
+
     def train(self) -> dict:
         """Train to the last step, or to a signal; return the result as `result.json` has it.
 
@@ -215,9 +261,8 @@ class Run:
           NonFiniteError: a loss or gradient that is not finite; the checkpoints of the steps before it stay.
           UnreadableImageError: an image that cannot be decoded, unless data.on_error is "skip".
         """
-        saved_result = self.workdir / "result.json"
-        if self.start_step >= self.plan.total_steps and saved_result.exists():
-            return json.loads(saved_result.read_text())
+        if self.finished_result:
+            return self.finished_result
         if self._is_first:
             write_json_atomic(self.workdir / "config.json", self._flat_config)
             devices = [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()]
@@ -243,21 +288,21 @@ class Run:
         evaluation, or a save, for a step that was not finite is never saved.
         """
         plan, step_fn, pending = self.plan, None, None
-        key = replicate(jax.random.key(self.config.seed), self.mesh)
+        key = make_key(self.config.seed, self.mesh)
         self._waited, self._line_time = 0.0, time.perf_counter()
         for step in range(self.start_step + 1, plan.total_steps + 1):
-            batch = self._next_batch()
+            batch, skipped = self._next_batch()
             step_fn = step_fn or self._compile(batch, key)
             self._state, sums = step_fn(self._state, batch, key)
             if pending:
                 self._account(*pending, progress)
                 if plan.is_due(step - 1, plan.log_every):
                     self._write(step - 1, writer, progress)
-            pending = (step, sums)
+            pending = (step, sums, skipped)
             stops = self._should_stop(step, signals)
             evaluates, saves = plan.is_due(step, plan.eval_every), plan.is_due(step, plan.save_every) or stops
             if evaluates or saves:
-                self._account(step, sums, progress)
+                self._account(*pending, progress)
                 pending = None
                 with progress.paused():
                     evaluation = self._evaluate_both() if evaluates else {}
@@ -271,12 +316,13 @@ class Run:
         self._checkpoints.wait()
         return None
 
-    def _next_batch(self) -> dict[str, jax.Array]:
+    def _next_batch(self) -> tuple[dict[str, jax.Array], int]:
+        """The next batch on the devices, and how many unreadable images it passed over."""
         before = time.perf_counter()
         batch = next(self._iterator)
         self._waited += time.perf_counter() - before
-        self._skipped += int(batch["skipped"].sum())
-        return put_batch({"images": batch["images"], "labels": batch["labels"]}, self.mesh)
+        skipped = int(batch.pop("skipped").sum())
+        return put_batch(batch, self.mesh), skipped
 
     def _compile(self, batch: dict[str, jax.Array], key: jax.Array):
         """The compiled step; its time is told from that of tracing."""
@@ -311,17 +357,14 @@ class Run:
             return False
         return bool(np.any(multihost_utils.process_allgather(np.array(signals.received is not None))))
 
-    def _account(self, step: int, sums: dict, progress: Progress) -> None:
+    def _account(self, step: int, sums: dict, skipped: int, progress: Progress) -> None:
         """Add a step's sums to the means and show them; raise NonFiniteError if they are not finite."""
         sums = jax.device_get(sums)
         for name in ("loss", "grad_norm"):
             if not np.isfinite(sums[name][0]):
-                raise NonFiniteError(
-                    f"{name} is {sums[name][0]} at step {step}, learning rate {float(self.schedule(step - 1)):.4g}; "
-                    "the checkpoints before it are kept: a lower optim.lr_per_256, a longer optim.warmup_epochs or "
-                    "optim.clip_norm may help"
-                )
+                raise self._non_finite(f"{name} is {sums[name][0]}", step)
         self._train_mean.update(sums)
+        self._skipped += skipped
         progress.update(step, {name: sums[name][0] / sums[name][1] for name in ("loss", "top1")})
 
     def _write(self, step: int, writer: MetricsWriter, progress: Progress, evaluation: dict | None = None) -> None:
@@ -344,7 +387,17 @@ class Run:
         self._train_mean.restore({})
         self._waited, self._line_time = 0.0, time.perf_counter()
 
+    def _non_finite(self, what: str, step: int) -> NonFiniteError:
+        return NonFiniteError(
+            f"{what} at step {step}, learning rate {float(self.schedule(step - 1)):.4g}; the checkpoints before it "
+            "are kept: a lower optim.lr_per_256, a longer optim.warmup_epochs or optim.clip_norm may help"
+        )
+
     def _save(self, step: int, writer: MetricsWriter) -> None:
+        # A finite gradient times the learning rate can still overflow, and so can a variance.
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self._state):
+            if not np.isfinite(leaf).all():
+                raise self._non_finite(f"{jax.tree_util.keystr(path, simple=True, separator='.')} is not finite", step)
         writer.flush()
         meta = {
             "config": self._flat_config,
@@ -358,9 +411,7 @@ class Run:
 
     @functools.cached_property
     def _eval_step(self):
-        step = functools.partial(
-            eval_step, model=self.model, mean=self.config.data.mean, std=self.config.data.std
-        )
+        step = functools.partial(eval_step, model=self.model, mean=self.config.data.mean, std=self.config.data.std)
         return shard_eval_step(step, self.mesh)
 
     def _evaluate_both(self) -> dict[str, float]:
@@ -380,20 +431,21 @@ class Run:
     def evaluate(self) -> dict:
         """Exact metrics of the newest checkpoint, under "eval/" and, averaged, "eval_ema/".
 
-        Raises ValueError if the workdir has no checkpoint.
+        Raises FileNotFoundError if the workdir has no checkpoint.
         """
         if self.start_step == 0 and not self.config.init:
-            raise ValueError(f"{self.workdir} has no checkpoint to evaluate; train first, or set config.init")
+            raise FileNotFoundError(f"{self.workdir} has no checkpoint to evaluate; train first, or set config.init")
         return {"step": self.start_step, **self._evaluate_both()}
 
     def _finish(self) -> dict:
         """Write and return the result of the last step, with curves and confusion matrix."""
         evaluation = self._evaluation or self._evaluate_both()
+        step = int(self._state.step)
         best = "eval_ema" if self._state.ema is not None else "eval"
         names = ("loss", "top1", "top5", "count")
         result = {
-            "step": self.plan.total_steps,
-            "epoch": self.plan.total_steps / self.plan.steps_per_epoch,
+            "step": step,
+            "epoch": step / self.plan.steps_per_epoch,
             "variables": "averaged" if best == "eval_ema" else "last",
             **{name: evaluation[f"{best}/{name}"] for name in names},
             "params": sum(leaf.size for leaf in jax.tree.leaves(self._state.params)),
@@ -409,7 +461,7 @@ class Run:
         return result
 
 
-def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict:
+def train_and_evaluate(config, workdir: str | Path) -> dict:
     """Train a config in a workdir, or continue there, and return the result (see `Run.train`)."""
     with Run(config, workdir) as run:
         return run.train()

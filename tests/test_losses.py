@@ -54,9 +54,7 @@ def test_smoothing_of_one_is_refused():
 
 BATCH, HEIGHT, WIDTH = 4, 12, 8
 # Each image is constant and equals its number, so that a mixed pixel tells its share.
-IMAGES = jnp.broadcast_to(
-    jnp.arange(BATCH, dtype=jnp.float32)[:, None, None, None], (BATCH, HEIGHT, WIDTH, 3)
-)
+IMAGES = jnp.broadcast_to(jnp.arange(BATCH, dtype=jnp.float32)[:, None, None, None], (BATCH, HEIGHT, WIDTH, 3))
 LABELS = jnp.eye(BATCH)
 
 

@@ -35,9 +35,7 @@ def _gradients(step):
     """Gradients of PARAMS that differ from step to step, by a factor of 1e4 within a tensor."""
     generator = np.random.default_rng(step)
     return jax.tree.map(
-        lambda p: jnp.asarray(
-            generator.normal(size=p.shape) * 10.0 ** generator.uniform(-3, 1, p.shape), p.dtype
-        ),
+        lambda p: jnp.asarray(generator.normal(size=p.shape) * 10.0 ** generator.uniform(-3, 1, p.shape), p.dtype),
         PARAMS,
     )
 
@@ -180,9 +178,7 @@ def test_clipping_sees_the_global_norm_of_the_raw_gradients():
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_frozen_parameters_stay_to_the_bit_and_have_no_state(name):
     rules = (("kernel$", 1.0), (".*", 0.5))
-    config = _config(
-        name=name, freeze=("^stem/",), l2=0.1, weight_decay=0.1, clip_norm=1.0, decay_rules=rules
-    )
+    config = _config(name=name, freeze=("^stem/",), l2=0.1, weight_decay=0.1, clip_norm=1.0, decay_rules=rules)
     frozen, state = _run(config, steps=3)
     jax.tree.map(np.testing.assert_array_equal, frozen["stem"], PARAMS["stem"])
     # The others move as if they were alone: the frozen ones' gradients are not in the norm either.
@@ -292,9 +288,7 @@ def _rates(config, *, total=TOTAL, spe=SPE):
 @pytest.mark.parametrize("warmup_epochs", [0.0, 2.5])
 @pytest.mark.parametrize("name", list(SCHEDULES))
 def test_schedules_are_their_formulas(name, warmup_epochs):
-    config = _config(
-        schedule=name, lr_per_256=0.4, warmup_epochs=warmup_epochs, decay_factor=0.9, decay_epochs=2.4
-    )
+    config = _config(schedule=name, lr_per_256=0.4, warmup_epochs=warmup_epochs, decay_factor=0.9, decay_epochs=2.4)
     peak, warmup = 0.4 * BATCH / 256, warmup_epochs * SPE
     t = np.arange(TOTAL + 1, dtype=np.float64)
     after = {
@@ -331,9 +325,7 @@ def test_trap_14_rate_of_one_percent_every_three_epochs_is_a_factor_of_099():
 
 def test_trap_15_stairs_are_counted_from_the_first_step():
     """Warm-up of 5 epochs, stairs every 3: the first stair behind the warm-up falls at epoch 6, not 8."""
-    config = _config(
-        schedule="staircase", lr_per_256=1.0, decay_factor=0.5, decay_epochs=3.0, warmup_epochs=5.0
-    )
+    config = _config(schedule="staircase", lr_per_256=1.0, decay_factor=0.5, decay_epochs=3.0, warmup_epochs=5.0)
     rates = _rates(config, spe=10, total=120) / (BATCH / 256)
     np.testing.assert_allclose(rates[[50, 59, 60, 89, 90]], [0.5, 0.5, 0.25, 0.25, 0.125])
     # The warm-up goes straight to what the stairs have at its end.

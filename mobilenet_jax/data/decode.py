@@ -44,17 +44,13 @@ def decode_image(data: bytes | Path, *, name: str) -> np.ndarray:
         raise UnreadableImageError(
             f"{name} is refused as a decompression bomb ({error}): at most {MAX_PIXELS} pixels are decoded."
         ) from error
-    except (
-        Exception
-    ) as error:  # Pillow's readers raise a dozen types on damaged bytes; all mean the same here
+    except Exception as error:  # Pillow's readers raise a dozen types on damaged bytes; all mean the same here
         raise UnreadableImageError(f"{name} cannot be decoded: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(
-        "I"
-    ):  # 16-bit grey: "I;16", or "I" in older Pillow, whose convert() would clip at 255
+    if image.mode.startswith("I"):  # 16-bit grey: "I;16", or "I" in older Pillow, whose convert() would clip at 255
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2)
     if image.has_transparency_data:

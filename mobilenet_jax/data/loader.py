@@ -183,9 +183,7 @@ def make_train_iterator(data_config, *, seed: int, process_index: int, process_c
 class _LoadEvalBatch:
     """The number of an evaluation batch -> this process's block of it, padded and masked."""
 
-    def __init__(
-        self, reader: _Reader, *, local_size: int, process_index: int, process_count: int, size: int
-    ):
+    def __init__(self, reader: _Reader, *, local_size: int, process_index: int, process_count: int, size: int):
         self._reader, self._local_size, self._size = reader, local_size, size
         self._process_index, self._process_count = process_index, process_count
 
@@ -279,16 +277,12 @@ def _count_threads(source: Source, *, workers: int) -> int:
 def _divide(data_config, key: str, process_count: int) -> int:
     size = data_config[key]
     if size < 1 or size % process_count:
-        raise ValueError(
-            f"data.{key} is {size!r}; it must be a positive multiple of the {process_count} processes."
-        )
+        raise ValueError(f"data.{key} is {size!r}; it must be a positive multiple of the {process_count} processes.")
     return size // process_count
 
 
 def _check(data_config) -> None:
     if data_config.on_error not in ON_ERROR:
-        raise ValueError(
-            f"data.on_error is {data_config.on_error!r}; it must be one of {', '.join(ON_ERROR)}."
-        )
+        raise ValueError(f"data.on_error is {data_config.on_error!r}; it must be one of {', '.join(ON_ERROR)}.")
     if data_config.workers < 0:
         raise ValueError(f"data.workers is {data_config.workers!r}; it must be at least 0.")

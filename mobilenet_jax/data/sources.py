@@ -66,9 +66,7 @@ def open_source(data_config, split: str) -> Source:
         raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
     kind, _, argument = data_config.source.partition(":")
     if kind not in SOURCES:
-        raise ValueError(
-            f"data.source is {data_config.source!r}; it must be digits, tfds:NAME, folder, or fake:N."
-        )
+        raise ValueError(f"data.source is {data_config.source!r}; it must be digits, tfds:NAME, folder, or fake:N.")
     if not 0 <= data_config.holdout < 1:
         raise ValueError(f"data.holdout is {data_config.holdout!r}; it must be at least 0 and below 1.")
     source = SOURCES[kind](data_config, argument, "test" if split == "test" else "train")
@@ -176,8 +174,7 @@ class _Folder:
         root = Path(data_config.path)
         if not data_config.path or not root.is_dir():
             raise FileNotFoundError(
-                f"data.path is {data_config.path!r}; it must be a folder of train/CLASS/*.jpg "
-                "or of CLASS/*.jpg."
+                f"data.path is {data_config.path!r}; it must be a folder of train/CLASS/*.jpg or of CLASS/*.jpg."
             )
         if (root / "train").is_dir() and _subfolders(root / "train"):
             files = _list_split(root, split)
@@ -208,8 +205,7 @@ def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
         if split == "train":
             return train
         raise ValueError(
-            f"data.path: {root} has train/ but neither test/ nor val/ beside it; "
-            "add one, or set data.holdout."
+            f"data.path: {root} has train/ but neither test/ nor val/ beside it; add one, or set data.holdout."
         )
     test = _list_classes(test_root)
     if odd := sorted(train.keys() ^ test.keys()):
@@ -223,8 +219,7 @@ def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
 def _list_classes(root: Path) -> dict[str, list[Path]]:
     """The image files of each class folder of `root`, both sorted by name."""
     classes = {
-        folder.name: sorted(file for file in folder.iterdir() if _is_image(file))
-        for folder in _subfolders(root)
+        folder.name: sorted(file for file in folder.iterdir() if _is_image(file)) for folder in _subfolders(root)
     }
     if not classes:
         raise ValueError(f"data.path: {root} has no class folders; it needs CLASS/*.jpg, one folder a class.")

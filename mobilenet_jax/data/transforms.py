@@ -16,9 +16,7 @@ INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamp
 CROPS = ("inception", "pad", "resize")
 
 
-def resize_and_center_crop(
-    image: np.ndarray, size: int, *, crop_share: float, interpolation: str
-) -> np.ndarray:
+def resize_and_center_crop(image: np.ndarray, size: int, *, crop_share: float, interpolation: str) -> np.ndarray:
     """Resizes the shorter side to round(size / crop_share) pixels and keeps the central size x size.
 
     Both happen in one antialiased pass over the kept region, so that an extremely long image costs no more
@@ -67,9 +65,7 @@ def crop_inception(
     Returns:
       uint8[size, size, 3].
     """
-    left, top, width, height = draw_crop(
-        image.shape[:2], rng, area_range=area_range, aspect_range=aspect_range
-    )
+    left, top, width, height = draw_crop(image.shape[:2], rng, area_range=area_range, aspect_range=aspect_range)
     crop = Image.fromarray(image[top : top + height, left : left + width])
     return np.asarray(crop.resize((size, size), INTERPOLATIONS[interpolation]))
 
@@ -160,9 +156,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "shear_y": _move(lambda level, w, h: (1, 0, 0, 0.3 * level, 1, 0)),
     "translate_x": _move(lambda level, w, h: (1, 0, 150 / 331 * w * level, 0, 1, 0)),
     "translate_y": _move(lambda level, w, h: (1, 0, 0, 0, 1, 150 / 331 * h * level)),
-    "rotate": lambda image, level: image.rotate(
-        30 * level, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)
-    ),
+    "rotate": lambda image, level: image.rotate(30 * level, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)),
     "brightness": lambda image, level: ImageEnhance.Brightness(image).enhance(1 + 0.9 * level),
     "color": lambda image, level: ImageEnhance.Color(image).enhance(1 + 0.9 * level),
     "contrast": lambda image, level: ImageEnhance.Contrast(image).enhance(1 + 0.9 * level),

@@ -21,6 +21,7 @@ class SeparableBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool) -> jax.Array:
+        """[B, H, W, in_channels] to [B, H', W', row.filters]."""
         for op in self.row.ops(self.in_channels):
             layer = ConvNorm(op, self.conv, self.norm, name=op.name)
             x = layer(x, use_running_average=use_running_average)
@@ -30,8 +31,8 @@ class SeparableBlock(nn.Module):
 class InvertedResidualBlock(nn.Module):
     """V2 and V3: expand, depthwise, squeeze-excite, project, and a residual where the row has one.
 
-    `wide` is the previous block's activated depthwise output where shortcuts join expansions (1801.04381 Fig. 6b);
-    the block returns its own beside its output.
+    `wide` is the previous block's activated depthwise output where shortcuts join expansions (1801.04381 Fig.
+    6b); the block returns its own beside its output.
     """
 
     row: InvertedResidual
@@ -46,6 +47,7 @@ class InvertedResidualBlock(nn.Module):
     def __call__(
         self, x: jax.Array, wide: Wide, use_running_average: bool, deterministic: bool
     ) -> tuple[jax.Array, Wide]:
+        """[B, H, W, in_channels] to [B, H', W', row.filters], and what the next block may join."""
         ops = {op.name: op for op in self.row.ops(self.in_channels)}
 
         def run(name: str, x: jax.Array) -> jax.Array:

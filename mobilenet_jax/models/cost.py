@@ -36,9 +36,7 @@ class Cost:
     """Totals of a network on one image, in the columns of the published counts."""
 
     ops: tuple[OpCost, ...]
-    channels: tuple[
-        int, ...
-    ]  # output channels of every convolution in running order, the framework's dense left out
+    channels: tuple[int, ...]  # output channels of every convolution in running order, the framework's dense left out
     inference_elements: int  # largest set of activations alive at once in inference
     training_elements: int  # activations kept for the backward pass
 
@@ -64,10 +62,10 @@ class Cost:
 
     @property
     def standard(self) -> tuple[int, int]:
-        """(params, multiply-adds) with each depthwise convolution and the pointwise behind it made one full one.
+        """(params, multiply-adds) with each depthwise convolution and the pointwise behind it made one.
 
-        The arithmetic of 1704.04861 sec. 3.1: k*k*M*H*W + M*N*H*W against k*k*M*N*H*W. Of the two batch norms one
-        is left.
+        The arithmetic of 1704.04861 sec. 3.1: k*k*M*H*W + M*N*H*W against k*k*M*N*H*W. Of the two batch norms
+        one is left.
         """
         params, madds, depthwise = self.params, self.madds, None
         for cost in self.ops:
@@ -110,9 +108,9 @@ def compute_cost(spec: Spec, image_size: int | tuple[int, int]) -> Cost:
 class _Memory:
     """Activations alive while ops run in order, and those that reverse-mode differentiation keeps.
 
-    Alive at an op: its input, its output, and the row's input where a residual will need it; norm, activation and
-    the residual's sum work in place. Kept: the input image, both sides of every batch norm, the output of everything
-    else, and the gated map behind squeeze-excite.
+    Alive at an op: its input, its output, and the row's input where a residual will need it; norm, activation
+    and the residual's sum work in place. Kept: the input image, both sides of every batch norm, the output of
+    everything else, and the gated map behind squeeze-excite.
     """
 
     def __init__(self, elements: int):

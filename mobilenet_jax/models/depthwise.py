@@ -1,12 +1,13 @@
 """Depthwise convolution, the one door to it.
 
-TPU and GPU run the grouped convolution that `feature_group_count` asks for. XLA:CPU lowers that to naive loops, more
-than ten times slower than a sum of k*k shifted slices, which it fuses into one pass; so on CPU the same numbers come
-from shifted slices, with gradients formulated alike.
+TPU and GPU run the grouped convolution that `feature_group_count` asks for. XLA:CPU lowers that to naive
+loops, more than ten times slower than a sum of k*k shifted slices, which it fuses into one pass; so on CPU
+the same numbers come from shifted slices, with gradients formulated alike.
 """
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax import lax
 from mobilenet_jax.models.spec import check_choice
 
 IMPLEMENTATIONS = ("auto", "feature_group_count", "shifted_sum")
+_PARTS = 8  # terms added elementwise before the reduction in the kernel's gradient; 4 to 16 are about as fast
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -23,8 +25,8 @@ def depthwise_conv(
 ) -> jax.Array:
     """Convolve each channel with its own filter: [B, H, W, C] with kernel [k, k, 1, C].
 
-    `pads` are zeros ((top, bottom), (left, right)). `impl` "auto" chooses at lowering, by the platform compiled for.
-    Raises ValueError for another `impl`.
+    `pads` are zeros ((top, bottom), (left, right)). `impl` "auto" chooses at lowering, by the platform
+    compiled for. Raises ValueError for another `impl`.
     """
     check_choice("depthwise_impl", impl, IMPLEMENTATIONS)
     grouped = functools.partial(grouped_conv, stride=stride, pads=pads, dilation=dilation)
@@ -36,9 +38,7 @@ def depthwise_conv(
     return lax.platform_dependent(images, kernel, cpu=shifted, default=grouped)
 
 
-def grouped_conv(
-    images: jax.Array, kernel: jax.Array, *, stride: int, pads: Pads, dilation: int
-) -> jax.Array:
+def grouped_conv(images: jax.Array, kernel: jax.Array, *, stride: int, pads: Pads, dilation: int) -> jax.Array:
     """The textbook form: `feature_group_count` equal to the channels."""
     return lax.conv_general_dilated(
         images,
@@ -78,8 +78,8 @@ _shifted_sum.defvjp(_forward, _backward)
 def _image_gradient(gradient, kernel, shape, stride, pads, dilation):
     """The transposed sum, phase by phase of the stride, so that no inserted zeros are multiplied.
 
-    Output (y, x) reads padded row y * stride + i * dilation; so padded row q * stride + r is read by the taps with
-    i * dilation = r (mod stride), at output row q - (i * dilation - r) / stride. Columns alike.
+    Output (y, x) reads padded row y * stride + i * dilation; so padded row q * stride + r is read by the taps
+    with i * dilation = r (mod stride), at output row q - (i * dilation - r) / stride. Columns alike.
     """
     (top, bottom), (left, right) = pads
     height, width = shape[1] + top + bottom, shape[2] + left + right
@@ -114,17 +114,29 @@ def _phase(gradient, kernel, phase, size, reach, stride, dilation):
 
 
 def _kernel_gradient(gradient, images, kernel, stride, pads, dilation):
+    """For each tap, the sum over images and pixels of its window times the gradient.
+
+    XLA:CPU does not fuse slices into a reduction: a plain sum would copy every window first. Added up over a
+    few images the products fuse into one loop, and what is left is a sum that a product with ones does fast:
+    2 to 10 times faster than nine reductions.
+    """
     padded = jnp.pad(images, ((0, 0), *pads, (0, 0)))
-    size = gradient.shape[1:3]
-    taps = [
-        jnp.sum(
-            _window(padded, i * dilation, j * dilation, stride, size) * gradient,
-            axis=(0, 1, 2),
-            dtype=_accumulator(gradient.dtype),
-        )
-        for i, j in _taps(kernel)
-    ]
-    return jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
+    size, batch, channels = gradient.shape[1:3], *gradient.shape[::3]
+    parts = math.gcd(batch, _PARTS)
+
+    def tap(i, j):
+        window = _window(padded, i * dilation, j * dilation, stride, size)
+        products = (_part(window, n, parts) * _part(gradient, n, parts) for n in range(parts))
+        partial = functools.reduce(jnp.add, products).reshape(-1, channels)
+        return jnp.ones((len(partial),), partial.dtype) @ partial
+
+    return jnp.stack([tap(i, j) for i, j in _taps(kernel)]).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _part(images, n, parts):
+    """Every `parts`-th image from the n-th on; a batch split over devices stays so."""
+    folded = images.reshape(-1, parts, *images.shape[1:])
+    return folded[:, n].astype(_accumulator(images.dtype))
 
 
 def _accumulator(dtype):

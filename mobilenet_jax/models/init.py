@@ -1,4 +1,4 @@
-"""Initial values: one rule for the scale of every kernel, drawn by linen initialisers or, faster, by NumPy."""
+"""Initial values: one rule for the scale of every kernel, drawn by linen or, faster, by NumPy."""
 
 import math
 import zlib
@@ -16,9 +16,10 @@ from mobilenet_jax.models.spec import Spec
 def kernel_stddev(path: Sequence[str], shape: Sequence[int], spec: Spec) -> float:
     """Standard deviation of the normal that a kernel is drawn from; `slim` cuts it at two of them.
 
-    `he` is normal with variance 2 / (k*k*C_out/groups): k*k alone for a depthwise kernel [k, k, 1, C], where a fan-out
-    of k*k*C would be sqrt(C) too small; the classifier has .01 (torchvision/models/mobilenetv2.py; timm
-    `_efficientnet_builder.py`). `slim` is .09, V3 .008 (tensorflow/models slim `mobilenet_v1.py`, README of V3).
+    `he` is normal with variance 2 / (k*k*C_out/groups): k*k alone for a depthwise kernel [k, k, 1, C], where
+    a fan-out of k*k*C would be sqrt(C) too small; the classifier has .01 (torchvision/models/mobilenetv2.py;
+    timm `_efficientnet_builder.py`). `slim` is .09, V3 .008 (tensorflow/models slim `mobilenet_v1.py`, README
+    of V3).
     """
     if spec.init == "slim":
         return spec.slim_stddev
@@ -55,16 +56,34 @@ def _draw(path: tuple[str, ...], shape: tuple[int, ...], spec: Spec, seed: int) 
     return values * np.float32(kernel_stddev(path[1:], shape, spec))
 
 
-def init_variables(model: nn.Module, *, seed: int, image_size: int) -> dict:
+def variable_shapes(spec: Spec) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The path and shape of every variable of the network, by arithmetic: what `jax.eval_shape` finds in seconds."""
+    ops = [((name, *filter(None, op.name.split("/"))), op) for name, row, n in spec.rows() for op in row.ops(n)]
+    ops += [((op.name,), op) for op in spec.tail_ops()]
+    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for path, op in ops:
+        if not op.norm:
+            shapes["params", *path, "kernel"] = (op.in_channels, op.filters)
+            shapes["params", *path, "bias"] = (op.filters,)
+            continue
+        kernel = (op.kernel, op.kernel, op.in_channels // op.groups, op.filters)
+        shapes["params", *path, "conv", "kernel"] = kernel
+        for collection, leaf in (
+            ("params", "scale"),
+            ("params", "bias"),
+            ("batch_stats", "mean"),
+            ("batch_stats", "var"),
+        ):
+            shapes[collection, *path, "norm", leaf] = (op.filters,)
+    return shapes
+
+
+def init_variables(model: nn.Module, *, seed: int) -> dict:
     """Variables of `model` with the distributions of `model.init`, as NumPy arrays in float32.
 
-    `jax.jit(model.init)` spends 10 to 20 s compiling a generator for each kernel; here shapes come from
-    `jax.eval_shape` and values from NumPy. The values depend on the seed and the paths alone.
+    `jax.jit(model.init)` spends 10 to 20 s compiling a generator for each kernel; NumPy draws the values in a fraction
+    of a second. They depend on the seed and the paths alone.
     """
     spec: Spec = model.spec  # pyright: ignore[reportAttributeAccessIssue]
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, spec.in_channels), jnp.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    flat = {
-        path: _draw(path, leaf.shape, spec, seed) for path, leaf in traverse_util.flatten_dict(shapes).items()
-    }
-    return traverse_util.unflatten_dict(flat)
+    shapes = variable_shapes(spec)
+    return traverse_util.unflatten_dict({path: _draw(path, shape, spec, seed) for path, shape in shapes.items()})

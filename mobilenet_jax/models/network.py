@@ -30,8 +30,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float
 class MobileNet(nn.Module):
     """A `Spec` as a module.
 
-    `lowering` "auto" formulates convolutions and norms for speed, "plain" as a textbook writes them; parameters and
-    numbers are the same. With `freeze_stats`, batch norm uses its running statistics in training too.
+    `lowering` "auto" formulates convolutions and norms for speed, "plain" as a textbook writes them;
+    parameters and numbers are the same. With `freeze_stats`, batch norm uses its running statistics in
+    training too.
     """
 
     spec: Spec
@@ -51,9 +52,10 @@ class MobileNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False, features: tuple[str, ...] = ()) -> Any:
         """Logits [B, num_classes] float32 of normalised images [B, H, W, C].
 
-        With num_classes=0, the vector that the classifier would see. With `features`, names of `spec.taps()`, a pair:
-        the logits, and a dict of those maps. Training mode updates `batch_stats` (make them mutable) and draws from
-        the key "dropout". Raises ValueError for images of another shape and unknown feature names.
+        With num_classes=0, the vector that the classifier would see. With `features`, names of `spec.taps()`,
+        a pair: the logits, and a dict of those maps. Training mode updates `batch_stats` (make them mutable)
+        and draws from the key "dropout". Raises ValueError for images of another shape and unknown feature
+        names.
         """
         spec = self.spec
         if images.ndim != 4 or images.shape[-1] != spec.in_channels:
@@ -125,8 +127,9 @@ def create_model(
     """The module `name` (see `zoo.MODELS`) at a width, as the framework of `convention` builds it.
 
     `options` are those of `spec.OPTIONS`: activation, projection_activation, shortcut, expansion, se_ratio,
-    se_rounding, se_gate, head_width, stride_one, output_stride, init, dropout, drop_path, bn_decay, bn_epsilon.
-    Raises ValueError, in one sentence with the valid values, for an unknown name or an impossible value.
+    se_rounding, se_gate, head_width, stride_one, output_stride, init, dropout, drop_path, bn_decay,
+    bn_epsilon. Raises ValueError, in one sentence with the valid values, for an unknown name or an impossible
+    value.
     """
     spec = make_spec(name, width=width, num_classes=num_classes, convention=convention, **options)
     return MobileNet(

@@ -1,7 +1,7 @@
 """Architectures as data: rows, the network they form, and functions from one network to another. No JAX here.
 
-A `Spec` is a network with every integer resolved. It is walked twice: by `network.py`, which builds modules, and by
-`cost.py`, which counts. Both see the same `Op`s, so what is counted is what runs.
+A `Spec` is a network with every integer resolved. It is walked twice: by `network.py`, which builds modules,
+and by `cost.py`, which counts. Both see the same `Op`s, so what is counted is what runs.
 """
 
 import dataclasses
@@ -88,8 +88,7 @@ class Op:
         reach = self.dilation * (self.kernel - 1)
         before_after = self.pads(height, width, padding)
         out = tuple(
-            (n + sum(p) - reach - 1) // self.stride + 1
-            for n, p in zip((height, width), before_after, strict=True)
+            (n + sum(p) - reach - 1) // self.stride + 1 for n, p in zip((height, width), before_after, strict=True)
         )
         if min(out) < 1:
             raise ValueError(
@@ -171,7 +170,7 @@ class SqueezeExcite:
 
 @dataclass(frozen=True, kw_only=True)
 class InvertedResidual:
-    """V2's and V3's block: expand, depthwise, squeeze-excite, project (1801.04381 Table 1, 1905.02244 Fig. 4)."""
+    """V2's and V3's block: expand, depthwise, gate, project (1801.04381 Table 1, 1905.02244 Fig. 4)."""
 
     expanded: int
     filters: int
@@ -196,16 +195,12 @@ class InvertedResidual:
         """Expansion, depthwise, the two of squeeze-excite, projection: those the row has, in order."""
         ops = []
         if self.expands:
-            expand = Op(
-                name="expand", in_channels=in_channels, filters=self.expanded, activation=self.activation
-            )
+            expand = Op(name="expand", in_channels=in_channels, filters=self.expanded, activation=self.activation)
             ops.append(expand)
         ops.append(_depthwise(self, self.expanded))
         if self.se:
             reduced = self.se.channels(self.expanded)
-            squeeze = Op(
-                name="se/reduce", in_channels=self.expanded, filters=reduced, norm=False, pooled=True
-            )
+            squeeze = Op(name="se/reduce", in_channels=self.expanded, filters=reduced, norm=False, pooled=True)
             ops += [squeeze, replace(squeeze, name="se/expand", in_channels=reduced, filters=self.expanded)]
         project = Op(
             name="project",
@@ -234,16 +229,8 @@ def _depthwise(row: Separable | InvertedResidual, channels: int) -> Op:
 
 def _check_row(row: Row) -> None:
     check_choice("activation", row.activation, ACTIVATIONS)
-    if (
-        row.filters < 1
-        or row.kernel < 1
-        or row.kernel % 2 == 0
-        or row.stride not in (1, 2)
-        or row.dilation < 1
-    ):
-        raise ValueError(
-            f"impossible row {row}: filters >= 1, odd kernel, stride 1 or 2, dilation >= 1 are valid"
-        )
+    if row.filters < 1 or row.kernel < 1 or row.kernel % 2 == 0 or row.stride not in (1, 2) or row.dilation < 1:
+        raise ValueError(f"impossible row {row}: filters >= 1, odd kernel, stride 1 or 2, dilation >= 1 are valid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,9 +253,7 @@ class Spec:
     drop_path: float = 0.0  # drop rate of the last block's residual branch; earlier ones have less, linearly
     init: str = "he"
     slim_stddev: float = 0.09  # of init="slim"
-    hidden_is_conv: bool = (
-        False  # how the framework of the convention stores the layer: a 1x1 convolution ...
-    )
+    hidden_is_conv: bool = False  # how the framework of the convention stores the layer: a 1x1 convolution ...
     classifier_is_conv: bool = False  # ... or a dense one; the numbers are the same
 
     def __post_init__(self):
@@ -351,8 +336,8 @@ def with_projection_activation(spec: Spec, activation: str) -> Spec:
 def with_shortcut(spec: Spec, shortcut: str) -> Spec:
     """Where residuals go: between bottlenecks, between expansions, nowhere (1801.04381 Fig. 6b).
 
-    `expansion` adds a block's activated depthwise output to the next block's activated expansion where their channels
-    agree, which they do as often as the bottlenecks'.
+    `expansion` adds a block's activated depthwise output to the next block's activated expansion where their
+    channels agree: ten times in V2 at width 1, as often as the bottlenecks'.
     """
     return replace(_map_inverted(spec, "shortcut", lambda row: row), shortcut=shortcut)
 
@@ -366,14 +351,14 @@ def with_expansion(spec: Spec, factor: float) -> Spec:
     for row in spec.blocks:
         if isinstance(row, InvertedResidual) and row.expands:
             expanded = channels if factor == 1 else make_divisible(factor * channels)
-            row = replace(row, expanded=expanded, expands=factor != 1)  # noqa: PLW2901
+            row = replace(row, expanded=expanded, expands=factor != 1)
         blocks.append(row)
         channels = row.filters
     return replace(spec, blocks=tuple(blocks))
 
 
 def with_se_ratio(spec: Spec, ratio: float) -> Spec:
-    """Reduced over expanded channels where the table has squeeze-excite, everywhere if it has none; 0 removes it."""
+    """Reduced over expanded channels where the table has squeeze-excite, else everywhere; 0 removes it."""
     everywhere = not any(isinstance(row, InvertedResidual) and row.se for row in spec.blocks)
 
     def change(row: InvertedResidual) -> InvertedResidual:
@@ -387,9 +372,7 @@ def with_se_ratio(spec: Spec, ratio: float) -> Spec:
 def _with_se_field(option: str, field: str) -> Callable[[Spec, str], Spec]:
     def with_field(spec: Spec, value: str) -> Spec:
         if not any(isinstance(row, InvertedResidual) and row.se for row in spec.blocks):
-            raise ValueError(
-                f"{option} does not apply to {spec.name}: it has no squeeze-excite; set se_ratio"
-            )
+            raise ValueError(f"{option} does not apply to {spec.name}: it has no squeeze-excite; set se_ratio")
         change = lambda row: replace(row, se=replace(row.se, **{field: value}) if row.se else None)  # noqa: E731
         return _map_inverted(spec, option, change)
 
@@ -414,9 +397,7 @@ def with_stride_one(spec: Spec, which: tuple[int, ...]) -> Spec:
     """
     count = sum(row.stride == 2 for _, row, _ in spec.rows())
     if bad := [i for i in which if i not in range(count)]:
-        raise ValueError(
-            f"stride_one has {bad[0]}; {spec.name} has {count} stride-2 rows: 0 to {count - 1} are valid"
-        )
+        raise ValueError(f"stride_one has {bad[0]}; {spec.name} has {count} stride-2 rows: 0 to {count - 1} are valid")
     seen = iter(range(count))
 
     def change(row: Row) -> Row:
@@ -428,13 +409,13 @@ def with_stride_one(spec: Spec, which: tuple[int, ...]) -> Spec:
 
 def _without_stride(row: Row, **changes: int) -> Row:
     if isinstance(row, InvertedResidual):
-        # A row that had no residual because of its stride does not gain one: the weights are those of the table.
+        # A row that had no residual because of its stride does not gain one.
         return replace(row, stride=1, skip=False, **changes)
     return replace(row, stride=1, **changes)
 
 
 def with_output_stride(spec: Spec, output_stride: int) -> Spec:
-    """Dilation instead of the strides beyond `output_stride`, same weights (1801.04381 sec. 6.3; slim's rule).
+    """Dilation instead of strides beyond `output_stride`, same weights (1801.04381 sec. 6.3; slim's rule).
 
     The row whose stride is taken away keeps the dilation so far; those behind it have it doubled.
     """
@@ -455,8 +436,8 @@ def _with_field(field: str) -> Callable[..., Spec]:
     return lambda spec, value: replace(spec, **{field: value})
 
 
-# What `create_model`, the config's model section and the command line can change, in the order of application:
-# squeeze-excite is sized after the expansion, and dilation follows the strides.
+# What `create_model`, the config's model section and the command line can change, in the order of
+# application: squeeze-excite is sized after the expansion, and dilation follows the strides.
 OPTIONS: dict[str, Callable[..., Spec]] = {
     "activation": with_activation,
     "projection_activation": with_projection_activation,
@@ -488,8 +469,6 @@ def apply_options(spec: Spec, **options: object) -> Spec:
 
 def to_json(spec: Spec) -> dict:
     """The spec as plain data: what travels with weights and checkpoints."""
-    rows = [
-        {"name": name, "kind": type(row).__name__, **dataclasses.asdict(row)} for name, row, _ in spec.rows()
-    ]
+    rows = [{"name": name, "kind": type(row).__name__, **dataclasses.asdict(row)} for name, row, _ in spec.rows()]
     fields = dataclasses.asdict(spec)
     return {**{k: v for k, v in fields.items() if k not in ("stem", "blocks", "head")}, "rows": rows}

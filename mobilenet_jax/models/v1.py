@@ -12,8 +12,8 @@ class _Body:
     filters: int
 
 
-# 1704.04861, Table 1: a row here is the pair "Conv dw / s", "Conv / s1". The last "dw / s2" of the paper's table is a
-# misprint: its 7x7 output, and every implementation, have stride 1.
+# 1704.04861, Table 1: a row here is the pair "Conv dw / s", "Conv / s1". The last "dw / s2" of the paper's
+# table is a misprint: its 7x7 output, and every implementation, have stride 1.
 STEM = 32
 TABLE = (
     # s, c
@@ -32,8 +32,8 @@ TABLE = (
     _Body(1, 1024),
 )
 
-# Channels at a width. Keras truncates (`int(filters * alpha)`, keras/applications/mobilenet.py), PyTorch code rounds
-# to 8; they agree at .25, .5, .75, 1, 1.25 and 1.5.
+# Channels at a width. Keras truncates (`int(filters * alpha)`, keras/applications/mobilenet.py), PyTorch code
+# rounds to 8; they agree at .25, .5, .75, 1, 1.25 and 1.5.
 _SCALE: dict[str, Callable[[float], int]] = {
     "keras": int,
     "timm": make_divisible,
@@ -43,7 +43,7 @@ _SCALE: dict[str, Callable[[float], int]] = {
 
 
 def mobilenet_v1(*, width: float, convention: str) -> Spec:
-    """V1 at a width, as the framework of `convention` builds it; ValueError where no channel would be left."""
+    """V1 at a width, as the framework of `convention` builds it; ValueError if no channel is left."""
     scale = _SCALE[convention]
     if scale(STEM * width) < 1:
         raise ValueError(f"width is {width}: the stem would have no channel; valid: from {1 / STEM}")

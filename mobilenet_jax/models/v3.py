@@ -1,4 +1,4 @@
-"""MobileNet V3, large, small and minimalistic: 1905.02244, Tables 1 and 2, and the three width rules in use."""
+"""MobileNet V3, large, small and minimalistic: 1905.02244, Tables 1 and 2, and three width rules."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,8 +83,9 @@ def _expand_scaled_input(row: _Bneck, table_input: int, channels: int, width: fl
     return make_divisible(row.exp_size / table_input * channels)
 
 
-# keras/applications/mobilenet_v3.py: the stem is always 16; timm/models/mobilenetv3.py: `fix_stem` below .75, 1280 at
-# every width; torchvision/models/mobilenetv3.py: `adjust_channels` on every absolute number of the table.
+# keras/applications/mobilenet_v3.py: the stem is always 16; timm/models/mobilenetv3.py: `fix_stem` below .75,
+# 1280 at every width; torchvision/models/mobilenetv3.py: `adjust_channels` on every absolute number of the
+# table.
 _KERAS = _WidthRule(
     stem=lambda width: STEM,
     expanded=_expand_scaled_input,
@@ -106,9 +107,7 @@ _TORCHVISION = _WidthRule(
 _RULES = {"keras": _KERAS, "timm": _TIMM, "timm_tf": _TIMM, "torchvision": _TORCHVISION}
 
 
-def _blocks(
-    table: _Table, *, width: float, convention: str, minimalistic: bool
-) -> tuple[InvertedResidual, ...]:
+def _blocks(table: _Table, *, width: float, convention: str, minimalistic: bool) -> tuple[InvertedResidual, ...]:
     rule = _RULES[convention]
     blocks, table_input, channels = [], STEM, rule.stem(width)
     for i, row in enumerate(table.rows):

@@ -1,4 +1,4 @@
-"""Every architecture by name, JAX-free: the one dict that configs, the command line and `create_model` read."""
+"""Every architecture by name, JAX-free: the one dict that configs, commands and `create_model` read."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,8 @@ def make_spec(
 ) -> Spec:
     """The network `name` as the framework of `convention` builds it, with options of `spec.OPTIONS` applied.
 
-    Raises ValueError, in one sentence with the valid values, for an unknown name, convention, option or value.
+    Raises ValueError, in one sentence with the valid values, for an unknown name, convention, option or
+    value.
     """
     check_choice("model name", name, tuple(MODELS))
     check_choice("convention", convention, CONVENTIONS)

@@ -29,13 +29,9 @@ def data_config(**values) -> Any:
     return config.data
 
 
-def take(
-    count: int, *, seed: int = 0, index: int = 0, of: int = 1, state=None, **values
-) -> list[loader.Batch]:
+def take(count: int, *, seed: int = 0, index: int = 0, of: int = 1, state=None, **values) -> list[loader.Batch]:
     """The next `count` batches of a new iterator, from `state` on."""
-    iterator = loader.make_train_iterator(
-        data_config(**values), seed=seed, process_index=index, process_count=of
-    )
+    iterator = loader.make_train_iterator(data_config(**values), seed=seed, process_index=index, process_count=of)
     try:
         if state is not None:
             iterator.set_state(json.loads(json.dumps(state)))
@@ -112,9 +108,7 @@ def test_a_handful_of_images_is_enough(count):
 
 
 def test_neighbouring_seeds_share_no_epoch(folder):
-    orders = [
-        tuple(numbers([batch])) for seed in range(4) for batch in take(4, seed=seed, batch_size=50, **folder)
-    ]
+    orders = [tuple(numbers([batch])) for seed in range(4) for batch in take(4, seed=seed, batch_size=50, **folder)]
     assert len(set(orders)) == 16
     assert_equal(take(2, seed=1, batch_size=50, **folder), take(2, seed=1, batch_size=50, **folder))
 
@@ -131,9 +125,7 @@ def test_augmentation_differs_from_epoch_to_epoch_and_within_a_batch(folder):
 def test_the_global_batch_does_not_depend_on_the_process_count(process_count):
     whole = take(30, batch_size=64, **AUGMENTED)  # past the end of an epoch
     parts = [take(30, batch_size=64, index=i, of=process_count, **AUGMENTED) for i in range(process_count)]
-    joined = [
-        {key: np.concatenate([p[key] for p in step]) for key in step[0]} for step in zip(*parts, strict=True)
-    ]
+    joined = [{key: np.concatenate([p[key] for p in step]) for key in step[0]} for step in zip(*parts, strict=True)]
     assert_equal(whole, joined)
 
 
@@ -169,16 +161,12 @@ def test_trap_28_the_state_is_that_of_the_last_batch_given_not_of_the_last_one_m
     for t in range(4):
         next(iterator)
         time.sleep(0.05)  # the thread runs ahead meanwhile
-        assert_equal(
-            take(2, seed=3, state=iterator.get_state(), batch_size=64, **AUGMENTED), whole[t + 1 : t + 3]
-        )
+        assert_equal(take(2, seed=3, state=iterator.get_state(), batch_size=64, **AUGMENTED), whole[t + 1 : t + 3])
     iterator.close()
 
 
 def test_an_iterator_can_be_set_back_while_its_threads_run():
-    iterator = loader.make_train_iterator(
-        data_config(batch_size=64), seed=3, process_index=0, process_count=1
-    )
+    iterator = loader.make_train_iterator(data_config(batch_size=64), seed=3, process_index=0, process_count=1)
     first = [next(iterator) for _ in range(3)]
     state = iterator.get_state()
     second = [next(iterator) for _ in range(3)]
@@ -200,9 +188,7 @@ def test_the_state_of_other_data_is_refused(folder):
 
 def test_orbax_saves_and_restores_it(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
-    iterator = loader.make_train_iterator(
-        data_config(batch_size=64), seed=3, process_index=0, process_count=1
-    )
+    iterator = loader.make_train_iterator(data_config(batch_size=64), seed=3, process_index=0, process_count=1)
     assert isinstance(iterator, grain.DatasetIterator)
     for _ in range(5):
         next(iterator)
@@ -211,9 +197,7 @@ def test_orbax_saves_and_restores_it(tmp_path):
     handler.wait_until_finished()
     expected = [next(iterator) for _ in range(3)]
     iterator.close()
-    restored = loader.make_train_iterator(
-        data_config(batch_size=64), seed=3, process_index=0, process_count=1
-    )
+    restored = loader.make_train_iterator(data_config(batch_size=64), seed=3, process_index=0, process_count=1)
     handler.restore(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
     assert_equal([next(restored) for _ in range(3)], expected)
     restored.close()
@@ -339,9 +323,7 @@ def test_nothing_readable_is_an_error_even_when_skipping(folder):
 
 def test_evaluation_never_skips(folder):
     damage(folder, "test", 49)
-    batches, _ = loader.make_eval_batches(
-        data_config(on_error="skip", **folder), process_index=0, process_count=1
-    )
+    batches, _ = loader.make_eval_batches(data_config(on_error="skip", **folder), process_index=0, process_count=1)
     with pytest.raises(UnreadableImageError, match=r"049\.png"):
         list(batches)
 
@@ -373,9 +355,7 @@ def test_trap_22_every_image_is_evaluated_once(folder, batch_size, process_count
 
 
 def test_evaluation_can_be_repeated_and_given_up(folder):
-    batches, _ = loader.make_eval_batches(
-        data_config(eval_batch_size=8, **folder), process_index=0, process_count=1
-    )
+    batches, _ = loader.make_eval_batches(data_config(eval_batch_size=8, **folder), process_index=0, process_count=1)
     first = list(batches)
     next(iter(batches))
     assert_equal(first, list(batches))
@@ -427,9 +407,7 @@ def test_impossible_values_are_refused(key, value, of, message):
 def test_small_sets_are_given_fast_enough(source):
     if source != "digits" and not SHARED.is_dir():
         pytest.skip("needs the reference data beside the checkout")
-    config = data_config(
-        source=source, data_dir=str(SHARED / "data" / "tfds"), crop="pad", flip=True, holdout=0.0
-    )
+    config = data_config(source=source, data_dir=str(SHARED / "data" / "tfds"), crop="pad", flip=True, holdout=0.0)
     if source != "digits":
         config.holdout = 0.95  # 3,000 images: an epoch in memory is soon reached
     iterator = loader.make_train_iterator(config, seed=0, process_index=0, process_count=1)

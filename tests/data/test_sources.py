@@ -44,9 +44,7 @@ def test_digits_are_scikit_learns_with_its_stratified_split():
     datasets = pytest.importorskip("sklearn.datasets")
     model_selection = pytest.importorskip("sklearn.model_selection")
     digits = datasets.load_digits()
-    split = model_selection.train_test_split(
-        np.arange(1797), test_size=0.2, stratify=digits.target, random_state=0
-    )
+    split = model_selection.train_test_split(np.arange(1797), test_size=0.2, stratify=digits.target, random_state=0)
     for name, indices in zip(("train", "test"), split, strict=True):
         source = sources.open_source(data_config(), name)
         indices = np.sort(indices)
@@ -89,9 +87,7 @@ def test_holdout_does_not_touch_the_test_split():
     assert len(test) == 360
 
 
-@pytest.mark.parametrize(
-    ("holdout", "message"), [(1.0, "below 1"), (-0.1, "at least 0"), (1e-6, "leaves 0 of")]
-)
+@pytest.mark.parametrize(("holdout", "message"), [(1.0, "below 1"), (-0.1, "at least 0"), (1e-6, "leaves 0 of")])
 def test_impossible_holdout(holdout, message):
     with pytest.raises(ValueError, match=rf"^data\.holdout is .*{message}"):
         sources.open_source(data_config(holdout=holdout), "holdout")
@@ -236,9 +232,7 @@ def test_clipart_folder():
 # TFDS
 
 
-def write_tfds(
-    root: Path, name: str, splits: dict[str, list[tuple[bytes, int]]], *, file_format="array_record"
-):
+def write_tfds(root: Path, name: str, splits: dict[str, list[tuple[bytes, int]]], *, file_format="array_record"):
     """A prepared TFDS set, written as `tfds build` does but without TensorFlow."""
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -318,9 +312,7 @@ def test_tfds_test_split_with_withheld_labels_gives_way_to_validation(tmp_path):
 
 def test_tfds_without_a_test_split(tmp_path):
     write_tfds(tmp_path, "tiny", {"train": [(png(i), 0) for i in range(10)]})
-    with pytest.raises(
-        ValueError, match=r"test or validation, but there is none .it has train; data.holdout"
-    ):
+    with pytest.raises(ValueError, match=r"test or validation, but there is none .it has train; data.holdout"):
         sources.describe(tfds_config("tiny", tmp_path))
     assert sources.describe(tfds_config("tiny", tmp_path, holdout=0.2))[2:] == (8, 2)
 
@@ -353,9 +345,7 @@ def test_trap_30_tfrecords_name_the_conversion(tmp_path):
     folder = write_tfds(tmp_path, "tiny", {"train": [(png(0), 0)]}, file_format="tfrecord")
     with pytest.raises(ValueError, match=r"tfrecord files, which cannot be read at random") as info:
         sources.open_source(tfds_config("tiny", tmp_path), "train")
-    assert f"`tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record`" in str(
-        info.value
-    )
+    assert f"`tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record`" in str(info.value)
     assert "\n" not in str(info.value)
 
 

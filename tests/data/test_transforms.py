@@ -101,9 +101,7 @@ def test_inception_crop_shows_the_drawn_rectangle():
     left, top, width, height = transforms.draw_crop((40, 60), np.random.default_rng(3), **options)
     crop = Image.fromarray(image[top : top + height, left : left + width])
     expected = np.asarray(crop.resize((32, 32), Image.Resampling.BICUBIC))
-    result = transforms.crop_inception(
-        image, np.random.default_rng(3), size=32, interpolation="bicubic", **options
-    )
+    result = transforms.crop_inception(image, np.random.default_rng(3), size=32, interpolation="bicubic", **options)
     np.testing.assert_array_equal(result, expected)
 
 
@@ -186,8 +184,7 @@ def test_randaugment_operations_grow_with_the_level(name):
 def test_randaugment_operations_at_full_magnitude():
     image = noise(331, 331)
     apply = {
-        name: np.asarray(operation(Image.fromarray(image), 1.0))
-        for name, operation in transforms.OPERATIONS.items()
+        name: np.asarray(operation(Image.fromarray(image), 1.0)) for name, operation in transforms.OPERATIONS.items()
     }
     np.testing.assert_array_equal(apply["posterize"], image & 0xF0)
     np.testing.assert_array_equal(apply["solarize"], 255 - image)

@@ -61,9 +61,7 @@ def test_every_row_of_the_reference(reference):
         spec = make_spec(model, width=width, convention=convention)
         cost = compute_cost(spec, int(row["resolution"]))
         dense = [
-            c
-            for c, conv in (("hidden", spec.hidden_is_conv), ("classifier", spec.classifier_is_conv))
-            if not conv
+            c for c, conv in (("hidden", spec.hidden_is_conv), ("classifier", spec.classifier_is_conv)) if not conv
         ]
         convs = [c for c in cost.ops if c.row not in dense]
         norms = [c for c in cost.ops if c.op.norm]
@@ -184,9 +182,7 @@ def test_v1_with_standard_convolutions():
     assert compute_cost(make_spec("mobilenet_v1"), 224).standard == (29_294_088, 4_867_293_184)
 
 
-@pytest.mark.parametrize(
-    ("width", "size", "convention"), [(1.0, 224, "timm"), (0.5, 97, "timm"), (0.25, 64, "keras")]
-)
+@pytest.mark.parametrize(("width", "size", "convention"), [(1.0, 224, "timm"), (0.5, 97, "timm"), (0.25, 64, "keras")])
 def test_standard_twin_is_the_network_of_full_convolutions(width, size, convention):
     spec = make_spec("mobilenet_v1", width=width, convention=convention)
     rows = [row for row in spec.blocks if isinstance(row, Separable)]

@@ -32,6 +32,9 @@ CASES = [
     (7, 1, 1, "symmetric", (1, 8, 5, 2)),
     (7, 2, 1, "same", (1, 13, 8, 2)),
     (7, 2, 2, "same", (1, 13, 14, 2)),
+    # Batches that the kernel's gradient adds up in 8 and in 4 parts.
+    (3, 1, 1, "same", (16, 5, 6, 2)),
+    (5, 2, 1, "same", (12, 7, 6, 2)),
 ]
 
 
@@ -41,10 +44,10 @@ def _run(case, dtype):
     generator = np.random.default_rng(0)
     images = jnp.asarray(generator.normal(size=shape), dtype)
     kernel = jnp.asarray(generator.normal(size=(k, k, 1, shape[-1])), dtype)
-    zeros = tuple(pads(n, k, stride, dilation, padding) for n in shape[1:3])
+    rows, columns = (pads(n, k, stride, dilation, padding) for n in shape[1:3])
     results = {}
     for impl in ("shifted_sum", "feature_group_count"):
-        conv = functools.partial(depthwise_conv, stride=stride, pads=zeros, dilation=dilation, impl=impl)
+        conv = functools.partial(depthwise_conv, stride=stride, pads=(rows, columns), dilation=dilation, impl=impl)
         out, pull = jax.vjp(jax.jit(conv), images, kernel)
         cotangent = np.random.default_rng(1).normal(size=out.shape)
         results[impl] = (out, *pull(jnp.asarray(cotangent, dtype)))
@@ -106,8 +109,7 @@ def test_auto_is_the_grouped_convolution_on_accelerators(platform):
         return jax.grad(lambda x, w: conv(x, w).sum(), argnums=(0, 1))(images, kernel), conv(images, kernel)
 
     texts = {
-        name: export.export(jax.jit(step), platforms=[name])(images, kernel).mlir_module()
-        for name in (platform, "cpu")
+        name: export.export(jax.jit(step), platforms=[name])(images, kernel).mlir_module() for name in (platform, "cpu")
     }
     assert re.search(r"feature_group_count = 6\b", texts[platform])
     assert texts[platform].count("stablehlo.convolution") == 3
@@ -117,9 +119,5 @@ def test_auto_is_the_grouped_convolution_on_accelerators(platform):
 
 
 def test_unknown_implementation():
-    with pytest.raises(
-        ValueError, match="depthwise_impl is 'fast'; valid: auto, feature_group_count, shifted_sum"
-    ):
-        depthwise_conv(
-            jnp.zeros((1, 4, 4, 1)), jnp.zeros((3, 3, 1, 1)), stride=1, pads=((1, 1), (1, 1)), impl="fast"
-        )
+    with pytest.raises(ValueError, match="depthwise_impl is 'fast'; valid: auto, feature_group_count, shifted_sum"):
+        depthwise_conv(jnp.zeros((1, 4, 4, 1)), jnp.zeros((3, 3, 1, 1)), stride=1, pads=((1, 1), (1, 1)), impl="fast")

@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
@@ -61,9 +62,7 @@ def test_trap_03_rounding_at_width_1_4():
 
 
 @pytest.mark.parametrize("size", range(1, 20))
-@pytest.mark.parametrize(
-    ("kernel", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (5, 2, 1), (3, 1, 2), (1, 1, 1)]
-)
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (5, 2, 1), (3, 1, 2), (1, 1, 1)])
 def test_trap_05_same_and_symmetric_padding(size, kernel, stride, dilation):
     reach = dilation * (kernel - 1)
     before, after = pads(size, kernel, stride, dilation, "same")
@@ -152,8 +151,7 @@ def test_trap_02_v3_stem_and_last_layers_by_framework():
     }
     # The last 1x1 off the quarter grid: 6 times the scaled last row, or the scaled 576.
     heads = {
-        c: make_spec("mobilenet_v3_small", width=0.35, convention=c).head
-        for c in ("keras", "timm", "torchvision")
+        c: make_spec("mobilenet_v3_small", width=0.35, convention=c).head for c in ("keras", "timm", "torchvision")
     }
     assert {c: head and head.filters for c, head in heads.items()} == {
         "keras": 192,
@@ -233,16 +231,12 @@ def test_activation_everywhere():
     spec = make_spec("mobilenet_v3_large", activation="relu6")
     assert {row.activation for _, row, _ in spec.rows()} == {spec.hidden_activation} == {"relu6"}
     assert {row.projection_activation for row, _ in _blocks(spec)} == {"linear"}
-    assert (
-        with_activation(make_spec("mobilenet_v1"), "relu").hidden_activation == "linear"
-    )  # it has no hidden layer
+    assert with_activation(make_spec("mobilenet_v1"), "relu").hidden_activation == "linear"  # it has no hidden layer
 
 
 def test_projection_activation():
     spec = make_spec("mobilenet_v2", projection_activation="relu6")
-    assert [op.activation for row, c in _blocks(spec) for op in row.ops(c) if op.name == "project"] == 17 * [
-        "relu6"
-    ]
+    assert [op.activation for row, c in _blocks(spec) for op in row.ops(c) if op.name == "project"] == 17 * ["relu6"]
 
 
 def test_expansion():
@@ -267,9 +261,7 @@ def test_squeeze_excite_options():
     assert reduced(se_ratio=0.01, se_rounding="int") == [1, 1, 2, 2, 1, 1, 2, 5, 5]
     assert reduced(se_ratio=0) == []
     assert all(row.se for row, _ in _blocks(make_spec("mobilenet_v2", se_ratio=0.25)))
-    gates = [
-        row.se and row.se.gate for row, _ in _blocks(make_spec("mobilenet_v2", se_ratio=1, se_gate="sigmoid"))
-    ]
+    gates = [row.se and row.se.gate for row, _ in _blocks(make_spec("mobilenet_v2", se_ratio=1, se_gate="sigmoid"))]
     assert gates == 17 * ["sigmoid"]
     # Squeeze-excite is sized after the expansion.
     assert _blocks(make_spec("mobilenet_v3_small", expansion=2, se_ratio=0.5))[4][0].expanded == 80
@@ -338,30 +330,28 @@ def test_feature_names_mark_the_last_row_of_each_stride():
         "final": "head",
     }
     assert make_spec("mobilenet_v3_small").taps()["stride2"] == "stem"
-    assert (
-        make_spec("mobilenet_v1").taps()["final"]
-        == make_spec("mobilenet_v1").taps()["stride32"]
-        == "block_12"
-    )
+    assert make_spec("mobilenet_v1").taps()["final"] == make_spec("mobilenet_v1").taps()["stride32"] == "block_12"
 
 
 def test_fields_are_set_as_given():
-    given = {"init": "slim", "dropout": 0.5, "drop_path": 0.1, "bn_decay": 0.7, "bn_epsilon": 1e-4}
+    given: dict[str, Any] = {
+        "init": "slim",
+        "dropout": 0.5,
+        "drop_path": 0.1,
+        "bn_decay": 0.7,
+        "bn_epsilon": 1e-4,
+    }
     spec = make_spec("mobilenet_v2", **given)
     assert {key: getattr(spec, key) for key in given} == given
-    assert make_spec("mobilenet_v2", **dict.fromkeys(OPTIONS)) == make_spec("mobilenet_v2")
+    assert make_spec("mobilenet_v2", **cast(Any, dict.fromkeys(OPTIONS))) == make_spec("mobilenet_v2")
     assert {make_spec(name).slim_stddev for name in ("mobilenet_v1", "mobilenet_v2")} == {0.09}
     assert make_spec("mobilenet_v3_small").slim_stddev == 0.008
 
 
 def test_to_json_tells_specs_apart():
-    specs = [
-        make_spec(name, convention=convention) for name in MODELS for convention in ("keras", "torchvision")
-    ]
-    specs += [
-        make_spec("mobilenet_v2", **option)
-        for option in ({"shortcut": "none"}, {"expansion": 5}, {"se_ratio": 0.5})
-    ]
+    specs = [make_spec(name, convention=convention) for name in MODELS for convention in ("keras", "torchvision")]
+    options: list[dict[str, Any]] = [{"shortcut": "none"}, {"expansion": 5}, {"se_ratio": 0.5}]
+    specs += [make_spec("mobilenet_v2", **option) for option in options]
     texts = {json.dumps(to_json(spec)) for spec in specs}
     assert len(texts) == len(specs)
     first = to_json(specs[0])["rows"][1]

@@ -1,0 +1,185 @@
+"""Kill -9 a run at random moments, continue it with the same command, and compare with an uninterrupted run.
+
+    python benchmarks/kill_resume.py --kills=20
+
+Half of the kills come at a moment drawn uniformly from the time of a whole run (imports, compilation, steps,
+evaluation), half within 0.1 s of a new file in the checkpoints folder. When a run gets to its end before the
+kills are used up it is compared and another one starts from nothing. Equal to the last bit must be every array
+of the final checkpoint (parameters, statistics, averages, optimizer), what else it holds (config, data
+iterator), result.json, and every key of metrics.jsonl except those of time; each step stands there once.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mobilenet_jax.checkpoint import read_checkpoint
+from mobilenet_jax.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+# What a resumed run could get wrong: momentum, averages, dropout, augmentation (of the recipe), mixup;
+# evaluations and saves do not fall on the same steps.
+CONFIG = {
+    "model.width": 0.1,
+    "model.dropout": 0.2,
+    "data.image_size": 16,
+    "data.batch_size": 32,
+    "data.mixup": 0.2,
+    "optim.name": "rmsprop",
+    "optim.lr_per_256": 0.02,
+    "ema.decay": 0.9,
+    "train.log_every_steps": 1,
+    "train.save_every_epochs": 0.1,
+    "train.eval_every_epochs": 0.3,
+}
+
+
+def make_command(workdir: Path, *, steps: int) -> list[str]:
+    """The command of a small run on digits, about as long as its own start."""
+    overrides = [f"--config.{key}={value}" for key, value in {**CONFIG, "train.steps": steps}.items()]
+    config = f"--config={ROOT / 'configs' / 'v1.py'}"
+    return [sys.executable, "-m", "mobilenet_jax.main", config, f"--workdir={workdir}", *overrides]
+
+
+def start(workdir: Path, *, steps: int) -> subprocess.Popen:
+    """The run as a process; its output goes to a file beside the workdir."""
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with workdir.with_suffix(".log").open("a") as log:
+        return subprocess.Popen(make_command(workdir, steps=steps), stdout=log, stderr=log, env=environment)
+
+
+def finish(process: subprocess.Popen, workdir: Path) -> None:
+    """Wait for the run's end; RuntimeError with its last words if it failed."""
+    if process.wait():
+        words = workdir.with_suffix(".log").read_text()[-2000:]
+        raise RuntimeError(f"the run in {workdir} ended with exit code {process.returncode}:\n{words}")
+
+
+def wait_for_files(process: subprocess.Popen, folder: Path, *, count: int) -> None:
+    """Until new files were seen under `folder` for the `count`-th time, or the process ends."""
+
+    def list_files() -> set[str]:
+        # Folders that a save renames meanwhile are passed over by `os.walk`.
+        return {os.path.join(root, name) for root, _, names in os.walk(folder) for name in names}
+
+    known = list_files()
+    while process.poll() is None and count:
+        found = list_files()
+        count -= bool(found - known)
+        known |= found
+        time.sleep(0.002)
+
+
+def kill_at_random(process: subprocess.Popen, workdir: Path, *, seconds: float, draw: random.Random) -> str | None:
+    """Kill -9 at a moment drawn from `draw`; return what the moment was, or None where the run was faster."""
+    if draw.random() < 0.5:
+        delay = draw.uniform(0, seconds)
+        moment = f"{delay:.2f} s after the start"
+    else:
+        count, delay = draw.randint(1, 20), draw.uniform(0, 0.1)
+        wait_for_files(process, workdir / "checkpoints", count=count)
+        moment = f"{delay * 1000:.0f} ms after files appeared in checkpoints/ for the {count}. time"
+    try:
+        process.wait(delay)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return moment
+    if process.returncode:
+        raise RuntimeError(f"the run in {workdir} died by itself with exit code {process.returncode}")
+    return None
+
+
+def read_run(workdir: Path) -> dict:
+    """{what: value} of all that must be equal between two runs; arrays as (dtype, shape, bytes)."""
+    leaves, meta = read_checkpoint(workdir)
+    steps = read_metrics(workdir)
+    return {
+        **{name: (str(leaf.dtype), leaf.shape, leaf.tobytes()) for name, leaf in leaves.items()},
+        **{f"checkpoint {name}": value for name, value in meta.items()},
+        "steps logged": [line["step"] for line in steps],
+        **{
+            f"{key} of step {line['step']}": value
+            for line in steps
+            for key, value in line.items()
+            if not key.startswith("time/")
+        },
+        "result.json": json.loads((workdir / "result.json").read_text()),
+    }
+
+
+def find_differences(expected: dict, found: dict) -> list[str]:
+    """The names whose values are not the same in both."""
+    return [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+
+
+def describe_state(workdir: Path) -> str:
+    """The newest checkpoint and the last line of metrics of a run that was killed."""
+    saved = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    lines = read_metrics(workdir) if (workdir / "metrics.jsonl").exists() else []
+    logged = lines[-1]["step"] if lines else "none"
+    return f"newest checkpoint {max(saved, default='none')}, last line {logged}"
+
+
+def compare(workdir: Path, *, kills: int, steps: int, seed: int) -> int:
+    """The number of values that differ from an uninterrupted run, over all runs that `kills` kills needed."""
+    draw = random.Random(seed)
+    whole = workdir / "whole"
+    finish(start(workdir / "warm", steps=steps), workdir / "warm")  # fills the compilation cache
+    begun = time.perf_counter()
+    finish(start(whole, steps=steps), whole)
+    seconds = time.perf_counter() - begun
+    expected = read_run(whole)
+    if expected["steps logged"] != list(range(1, steps + 1)):
+        raise RuntimeError(f"the uninterrupted run logged the steps {expected['steps logged']}")
+    print(f"uninterrupted: {steps} steps in {seconds:.1f} s, {len(expected)} values to compare", flush=True)
+    wrong, killed, runs = 0, 0, 0
+    while killed < kills:
+        run = workdir / f"killed_{runs}"
+        runs += 1
+        while killed < kills:
+            begun = time.perf_counter()
+            process = start(run, steps=steps)
+            try:
+                moment = kill_at_random(process, run, seconds=seconds, draw=draw)
+            finally:
+                process.kill()
+            if moment is None:
+                seconds = min(seconds, time.perf_counter() - begun)  # a busy machine was measured
+                break
+            killed += 1
+            print(f"kill {killed:2d}: {moment}: {describe_state(run)}", flush=True)
+        finish(start(run, steps=steps), run)
+        differences = find_differences(expected, read_run(run))
+        wrong += len(differences)
+        print(f"run {runs}: {len(differences)} values differ {differences[:5] or ''}", flush=True)
+    print(f"{killed} kills, {runs} runs, {wrong} differences")
+    return wrong
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 where nothing differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=100, help="of each run; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments; default: %(default)s")
+    parser.add_argument("--workdir", type=Path, help="stays, for a look at it; default: a temporary folder")
+    flags = parser.parse_args(argv)
+    workdir = flags.workdir or Path(tempfile.mkdtemp())
+    try:
+        return 1 if compare(workdir, kills=flags.kills, steps=flags.steps, seed=flags.seed) else 0
+    finally:
+        if not flags.workdir:
+            shutil.rmtree(workdir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

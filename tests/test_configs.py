@@ -1,0 +1,182 @@
+"""The recipes: complete, locked, runnable, and with the values of the published rows they cite."""
+
+import importlib
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import base
+from configs.datasets import DATASETS
+from mobilenet_jax.train import flatten_config, train_and_evaluate
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("v*.py"))
+
+
+def get_config(recipe: str, dataset: str) -> Any:
+    return importlib.import_module(f"configs.{recipe}").get_config(dataset)
+
+
+def test_the_recipes_are_those_of_three_papers():
+    assert RECIPES == ["v1", "v2", "v3_large", "v3_small"]
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_has_exactly_the_documented_keys(recipe, dataset):
+    config = get_config(recipe, dataset)
+    assert config.is_locked
+    keys = flatten_config(base.get_config()).keys()
+    assert flatten_config(config).keys() == keys
+    assert config.name == f"{config.model.name}_{dataset}"
+    # V3-Large takes `train_on_imagenet` from its own file, V3-Small from there.
+    text = "".join((ROOT / "configs" / f"{name}.py").read_text() for name in (recipe, "v3_large"))
+    assert all(f"optim.{key} =" in text for key in ("name", "lr_per_256", "epsilon", "l2"))
+
+
+def test_every_key_says_its_unit_or_its_values():
+    lines = (ROOT / "configs" / "base.py").read_text().splitlines()
+    settings = [(lines[i - 1], line) for i, line in enumerate(lines) if re.match(r"    \w+\.\w+ = ", line)]
+    assert len(settings) > 70
+    uncommented = [now for before, now in settings if "#" not in now and not before.strip().startswith("#")]
+    assert uncommented == ["    train.label_smoothing = 0.0"]
+
+
+def test_unknown_variant_is_refused():
+    with pytest.raises(ValueError, match="there is no variant 'foo'; valid: digits, fashion_mnist, .*imagenet"):
+        get_config("v2", "foo")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bare_path_is_digits(recipe):
+    assert importlib.import_module(f"configs.{recipe}").get_config().data.source == "digits"
+
+
+def test_recipes_load_in_milliseconds_and_touch_no_device():
+    code = (
+        "import sys, time, ml_collections; start = time.perf_counter()\n"
+        "from configs import v1, v2, v3_large, v3_small\n"
+        "for file in (v1, v2, v3_large, v3_small): file.get_config('imagenet')\n"
+        "print(time.perf_counter() - start, 'jax' in sys.modules or 'mobilenet_jax' in sys.modules)"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        for _ in range(3)  # the fastest counts: the machine may be busy
+    ]
+    assert {run.stdout.split()[1] for run in runs} == {"False"}
+    assert min(float(run.stdout.split()[0]) for run in runs) < 0.1
+
+
+def test_uc_merced_has_21_classes_and_holds_out_its_test_images():
+    config = get_config("v2", "uc_merced")
+    assert config.data.source == "tfds:uc_merced"
+    assert config.data.holdout == 0.3  # of 2,100 images without a test split
+
+
+def test_a_set_that_is_not_prepared_is_one_sentence_with_the_command(tmp_path):
+    config = get_config("v2", "uc_merced")
+    config.data.data_dir = str(tmp_path)
+    with pytest.raises(ValueError, match="tfds build uc_merced --file_format=array_record") as error:
+        train_and_evaluate(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("recipe", ["v3_large", "v3_small"])
+def test_trap_14_v3_decays_by_a_hundredth_and_drops_a_fifth(recipe):
+    config = get_config(recipe, "imagenet")
+    assert config.optim.schedule == "staircase"
+    assert (config.optim.decay_factor, config.optim.decay_epochs) == (0.99, 3.0)
+    assert config.model.dropout == 0.2
+
+
+# Of each recipe, what the cited rows of the published recipes say: (row, its column, a pattern there, the value).
+CITED = {
+    "v1": [
+        ("V1 paper", "optimizer", "RMSprop", ("optim.name", "rmsprop")),
+        ("V1 paper", "augment, smoothing", r"\*\*no\*\* label smoothing", ("train.label_smoothing", 0.0)),
+        ("V1 slim script", "WD (L2)", "4e-5, depthwise off", ("optim.l2", 4e-5)),
+        ("V1 slim script", "dropout", "keep .999", ("model.dropout", 1e-3)),
+        ("V1 slim script", "BN decay / eps", ".9997 / 1e-3", ("model.bn_decay", 0.9997)),
+        ("V1 slim script", "EMA", "none", ("ema.decay", 0.0)),
+        (
+            "V1/V2 TF official",
+            "LR, schedule",
+            "=.008 B/128.*x.94 .V1. .* 2.5 ep",
+            ("optim.lr_per_256", 0.016),
+        ),
+        ("V1/V2 TF official", "LR, schedule", "x.94 .V1. .* 2.5 ep", ("optim.decay_factor", 0.94)),
+        ("V1/V2 TF official", "LR, schedule", "/ 2.5 ep", ("optim.decay_epochs", 2.5)),
+        ("V1/V2 TF official", "warmup", "5 ep", ("optim.warmup_epochs", 5.0)),
+        ("V1/V2 TF official", "batch", "4096", ("data.batch_size", 4096)),
+        ("V1/V2 TF official", "epochs", "500", ("train.epochs", 500.0)),
+    ],
+    "v2": [
+        ("V2 paper", "optimizer", "RMSprop decay .9 mom .9", ("optim.rms_decay", 0.9)),
+        ("V2 paper", "optimizer", "RMSprop decay .9 mom .9", ("optim.momentum", 0.9)),
+        ("V2 paper", "LR, schedule", ".045, x.98 / epoch", ("optim.decay_factor", 0.98)),
+        ("V2 paper", "LR, schedule", ".045, x.98 / epoch", ("optim.decay_epochs", 1.0)),
+        ("V2 paper", "WD (L2)", "4e-5", ("optim.l2", 4e-5)),
+        ("V2 slim README", "EMA", ".9999", ("ema.decay", 0.9999)),
+        ("V2 slim README", "batch", "96 per clone, 8 GPUs", ("data.batch_size", 768)),
+        ("V2 slim README", "epochs", "700k steps", ("train.steps", 700_000)),
+        ("V2 slim README", "augment, smoothing", "LS .1", ("train.label_smoothing", 0.1)),
+        ("V2 slim README", "dropout", "keep .8", ("model.dropout", 0.2)),
+        ("V2 slim README", "BN decay / eps", ".997 / 1e-3", ("model.bn_decay", 0.997)),
+    ],
+    "v3_large": [
+        ("V3 paper", "optimizer", "TF RMSprop mom .9", ("optim.momentum", 0.9)),
+        ("V3 paper", "LR, schedule", ".1, .*read: x.99", ("optim.lr_per_256", 0.1 * 256 / 4096)),
+        ("V3 paper", "LR, schedule", "every 3 epochs.*x.99", ("optim.decay_factor", 0.99)),
+        ("V3 paper", "WD (L2)", "1e-5", ("optim.l2", 1e-5)),
+        ("V3 paper", "EMA", ".9999", ("ema.decay", 0.9999)),
+        ("V3 paper", "batch", "4096", ("data.batch_size", 4096)),
+        ("V3 paper", "dropout", "keep prob", ("model.dropout", 0.2)),
+        ("V3 paper", "BN decay / eps", ".99 / n/s", ("model.bn_decay", 0.99)),
+        ("V3 slim README", "optimizer", "decay .9 mom .9 .*eps .002", ("optim.epsilon", 0.002)),
+        ("V3 slim README", "optimizer", "decay .9 mom .9 .*eps .002", ("optim.rms_decay", 0.9)),
+        ("V3 slim README", "warmup", "5 ep", ("optim.warmup_epochs", 5.0)),
+        ("V3 slim README", "augment, smoothing", "LS .1", ("train.label_smoothing", 0.1)),
+        ("V3-S TF official", "epochs", "1000", ("train.epochs", 1000.0)),
+    ],
+}
+
+
+@pytest.mark.parametrize("recipe", CITED)
+def test_imagenet_recipe_agrees_with_the_rows_it_cites(recipe, reference):
+    table = [line.strip("| \n").split(" | ") for line in (reference / "reference" / "recipes.md").open()]
+    table = [[cell.strip("* ") for cell in row] for row in table if len(row) > 10]
+    columns = next(row for row in table if row[0] == "recipe")
+    flat = flatten_config(get_config(recipe, "imagenet"))
+    source = (ROOT / "configs" / f"{recipe}.py").read_text()
+    for name, column, pattern, (key, value) in CITED[recipe]:
+        row = next(row for row in table if row[0].startswith(name))
+        cell = next(line for line in row if re.search(pattern, line))
+        assert re.search(pattern, row[columns.index(column)].replace("**", "")) or cell, (name, column)
+        assert flat[key] == pytest.approx(value), key
+        assert f'"{name}"' in source, name
+    assert flat["model.bn_epsilon"] == 1e-3
+
+
+def test_v2_learning_rate_is_that_of_a_worker():
+    optim = get_config("v2", "imagenet").optim
+    assert optim.lr_per_256 * 96 / 256 == pytest.approx(0.045)  # 1801.04381 sec. 6.1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_imagenet_recipe_runs_three_steps(recipe, tmp_path):
+    config = get_config(recipe, "imagenet")
+    config.model.width = 0.25
+    config.data.update({"source": "fake:64", "num_classes": 1000, "image_size": 32, "workers": 0})
+    config.data.update({"batch_size": 8, "eval_batch_size": 64})
+    config.train.steps = 3
+    config.train.log_every_steps = 1
+    result = train_and_evaluate(config, tmp_path)
+    assert result["step"] == 3
+    assert result["count"] > 0
+    assert abs(result["loss"] - math.log(1000)) < 1  # three steps of warm-up: chance
