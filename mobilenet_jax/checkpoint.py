@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import traverse_util
+from jax.experimental import multihost_utils
 
 from mobilenet_jax.steps import TrainState
 
@@ -126,6 +127,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 aside.mkdir(exist_ok=True)
                 (self._directory / str(step)).rename(_free_name(aside / str(step)))
+        multihost_utils.sync_global_devices("damaged checkpoints are aside")
         self._manager = self._open()
 
     def wait(self) -> None:

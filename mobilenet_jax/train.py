@@ -28,6 +28,7 @@ from mobilenet_jax.metrics import (
     read_metrics,
     write_json_atomic,
 )
+from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import MobileNet, create_model
 from mobilenet_jax.models.spec import check_choice, check_share
@@ -59,7 +60,7 @@ def flatten_config(config) -> dict:
 def build_model(config, info: DataInfo) -> MobileNet:
     """The model of `config.model` for the classes of the data set.
 
-    Raises ValueError for an impossible value, or fewer classes than the data has.
+    Raises ValueError for an impossible value, fewer classes than the data has, or images too small for the strides.
     """
     options = config.model.to_dict()
     options["num_classes"] = info.num_classes if options["num_classes"] is None else options["num_classes"]
@@ -67,7 +68,12 @@ def build_model(config, info: DataInfo) -> MobileNet:
         raise ValueError(
             f"model.num_classes is {options['num_classes']}; {config.data.source} has {info.num_classes} classes"
         )
-    return create_model(**options, freeze_stats=config.train.freeze_stats)
+    model = create_model(**options, freeze_stats=config.train.freeze_stats)
+    try:
+        compute_cost(model.spec, config.data.image_size)
+    except ValueError as error:
+        raise ValueError(f"data.image_size is {config.data.image_size}: {error}") from error
+    return model
 
 
 def _check(config, mesh: Mesh) -> None:
@@ -442,6 +448,8 @@ class Run:
         evaluation = self._evaluation or self._evaluate_both()
         step = int(self._state.step)
         best = "eval_ema" if self._state.ema is not None else "eval"
+        if not math.isfinite(evaluation[f"{best}/loss"]):
+            raise self._non_finite(f"{best}/loss is {evaluation[f'{best}/loss']}", step)
         names = ("loss", "top1", "top5", "count")
         result = {
             "step": step,
@@ -454,7 +462,10 @@ class Run:
         if self._is_first:
             if self._confusion is not None:
                 np.savetxt(self.workdir / "confusion.csv", self._confusion, fmt="%d", delimiter=",")
-                figures.draw_confusion(self._confusion, self.info.class_names, self.workdir / "confusion.png")
+                names = self.info.class_names
+                # A model may have more classes than its data has names.
+                names = (*names, *map(str, range(len(names), len(self._confusion))))
+                figures.draw_confusion(self._confusion, names, self.workdir / "confusion.png")
             title = f"{self.config.name} on {self.config.data.source}"
             figures.draw_curves(read_metrics(self.workdir), self.workdir / "curves.png", title=title)
             write_json_atomic(self.workdir / "result.json", result)

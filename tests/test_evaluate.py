@@ -36,7 +36,7 @@ def make_answers(count: int, classes: int, *, levels: int, seed: int = 0) -> tup
 
 
 def make_batches(logits: np.ndarray, labels: np.ndarray, size: int) -> list[dict[str, np.ndarray]]:
-    """Batches for `Pixels`; the last is filled up with images whose logits are NaN, labelled as no class."""
+    """Batches for `Pixels`; the last is filled up with images of class 0 whose logits are NaN."""
     batches = []
     for start in range(0, len(labels), size):
         rows = slice(start, start + size)
@@ -45,7 +45,7 @@ def make_batches(logits: np.ndarray, labels: np.ndarray, size: int) -> list[dict
         batches.append(
             {
                 "images": np.broadcast_to(answers[:, None, :, None], (size, 1, logits.shape[1], 3)),
-                "labels": np.pad(labels[rows], (0, missing), constant_values=10_000),
+                "labels": np.pad(labels[rows], (0, missing)),
                 "mask": np.arange(size) < len(labels[rows]),
             }
         )

@@ -1,4 +1,4 @@
-"""Convolution, batch norm, dense and squeeze-excite: each as textbooks have it and, where faster, otherwise."""
+"""Convolution, batch norm, dense, squeeze-excite: each as textbooks have it and, where faster, otherwise."""
 
 import functools
 from collections.abc import Callable

@@ -1,0 +1,61 @@
+"""A folder of JPEGs of ImageNet's size, cut from whatever photographs are installed."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SIZE = (500, 375)  # width, height in pixels: the commonest of ILSVRC 2012
+QUALITY = 92
+
+
+def write_photographs(folder: Path, count: int) -> dict:
+    """Write `count` JPEGs of 500x375 pixels, quality 92, to FOLDER/train/photographs; the same ones every time.
+
+    Each is a random part, three fifths to all of the width, of a photograph of scikit-image or scikit-learn; where
+    neither is installed, of noise with the 1/f spectrum of natural images (Field 1987).
+
+    Returns:
+      {"sources": names, "count", "mean_bytes": of a file}.
+    """
+    sources = load_sources()
+    target = folder / "train" / "photographs"
+    target.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        image = list(sources.values())[number % len(sources)]
+        width = rng.uniform(0.6, 1) * min(image.width, image.height * SIZE[0] / SIZE[1])
+        height = width * SIZE[1] / SIZE[0]
+        left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
+        part = image.resize(SIZE, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        part.save(target / f"{number:05d}.jpg", quality=QUALITY)
+    mean = sum(file.stat().st_size for file in target.iterdir()) / count
+    return {"sources": list(sources), "count": count, "mean_bytes": round(mean)}
+
+
+def load_sources() -> dict[str, Image.Image]:
+    """The colour photographs that installed packages carry in themselves; failing these, one of noise."""
+    arrays = {}
+    if importlib.util.find_spec("skimage"):
+        from skimage import data  # pyright: ignore[reportMissingImports]
+
+        arrays |= {"astronaut": data.astronaut(), "chelsea": data.chelsea(), "coffee": data.coffee()}
+    if importlib.util.find_spec("sklearn"):
+        from sklearn.datasets import load_sample_images
+
+        bunch: dict = dict(load_sample_images())  # pyright: ignore[reportCallIssue, reportArgumentType]
+        arrays |= dict(zip(bunch["filenames"], bunch["images"], strict=True))
+    if not arrays:
+        arrays = {"synthetic": draw_noise(np.random.default_rng(0), 480, 640)}
+    return {name: Image.fromarray(array) for name, array in arrays.items()}
+
+
+def draw_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """uint8 [height, width, 3] whose amplitude falls as 1/frequency, with channels as alike as a photograph's."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
+    frequency[0, 0] = np.inf  # no mean: it is set below
+    white = rng.standard_normal((4, height, width))
+    fields = np.fft.irfft2(np.fft.rfft2(white) / frequency[None], s=(height, width))
+    mixed = 0.9 * fields[0][..., None] + 0.3 * np.moveaxis(fields[1:], 0, -1)
+    return np.clip(127.5 + 50 * mixed / mixed.std(), 0, 255).astype(np.uint8)

@@ -1,0 +1,37 @@
+"""A worker's half of the conversation: JSON lines in, JSON lines out. The standard library is all it needs."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+
+Run = Callable[[int], float]  # n steps, from the first to the end of the last -> seconds
+Load = Callable[[dict], tuple[Run, dict]]  # a case -> what to run, and what to tell of it
+
+
+class UnsupportedError(Exception):
+    """This side has no such case; the message says why, in one sentence."""
+
+
+def serve(load: Load) -> None:
+    """Read a case, load it, then run as many steps as each line asks for, until the input ends.
+
+    A framework that is not installed, and a case that it does not have, are answers; any other exception ends
+    the process with its traceback on stderr.
+    """
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not be taken for a reply
+
+    def reply(**values) -> None:
+        print(json.dumps(values), file=replies, flush=True)
+
+    case, start = json.loads(sys.stdin.readline()), time.perf_counter()
+    try:
+        run, about = load(case)
+    except (ModuleNotFoundError, UnsupportedError) as error:
+        reply(absent=str(error))
+        return
+    reply(about={**about, "load_seconds": time.perf_counter() - start})
+    for line in sys.stdin:
+        reply(seconds=run(json.loads(line)))

@@ -1,0 +1,66 @@
+"""torchvision's MobileNets (timm's V1) in PyTorch, eager, channels_last; in evaluation batch norm is not folded."""
+
+import time
+
+from protocol import Run, UnsupportedError, serve
+
+
+def load(case: dict) -> tuple[Run, dict]:
+    """A model, its optimizer and one batch of float32 images, used over and over."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(case["threads"])
+    torch.set_num_interop_threads(1)
+    torch.manual_seed(0)
+    model, versions = make_model(case["name"], case["width"])
+    if case["devices"] > 1:
+        raise UnsupportedError("run on one device here")
+    model = model.to(memory_format=torch.channels_last)
+    size, count = case["resolution"], case["batch_size"]
+    images = torch.rand(count, 3, size, size).mul(2).sub(1).to(memory_format=torch.channels_last)
+    labels = torch.arange(count) % 1000
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def train(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        return time.perf_counter() - start
+
+    def infer(steps: int) -> float:
+        with torch.inference_mode():
+            start = time.perf_counter()
+            for _ in range(steps):
+                model(images)
+            return time.perf_counter() - start
+
+    infers = case["what"] == "infer"
+    model.train(not infers)
+    about = {"versions": {"torch": torch.__version__, **versions}, "threads": torch.get_num_threads()}
+    return (infer if infers else train), about
+
+
+def make_model(name: str, width: float):
+    """(the module, the versions of the packages it comes from); UnsupportedError where there is none."""
+    if name == "mobilenet_v1":
+        import timm  # pyright: ignore[reportMissingImports]
+
+        if width != 1:
+            raise UnsupportedError("timm names mobilenet_v1 at width 1 alone")
+        return timm.create_model("mobilenetv1_100"), {"timm": timm.__version__}
+    import torchvision  # pyright: ignore[reportMissingImports]
+
+    models = {
+        "mobilenet_v2": torchvision.models.mobilenet_v2,
+        "mobilenet_v3_large": torchvision.models.mobilenet_v3_large,
+        "mobilenet_v3_small": torchvision.models.mobilenet_v3_small,
+    }
+    if name not in models:
+        raise UnsupportedError(f"torchvision has no {name}")
+    return models[name](width_mult=width), {"torchvision": torchvision.__version__}
+
+
+if __name__ == "__main__":
+    serve(load)
