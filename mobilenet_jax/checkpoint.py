@@ -197,8 +197,10 @@ def merge_variables(fresh: dict, loaded: dict, *, source: str) -> dict:
 
     Raises ValueError naming the leaves that do not fit.
     """
-    flat, given = traverse_util.flatten_dict(fresh, sep="/"), traverse_util.flatten_dict(loaded, sep="/")
-    misfits = {path for path in flat.keys() | given.keys() if np.shape(flat.get(path)) != np.shape(given.get(path))}
+    flat: dict[str, Any] = traverse_util.flatten_dict(fresh, sep="/")
+    given: dict[str, Any] = traverse_util.flatten_dict(loaded, sep="/")
+    shapes, given_shapes = ({path: np.shape(leaf) for path, leaf in tree.items()} for tree in (flat, given))
+    misfits = {path for path in flat.keys() | given.keys() if shapes.get(path) != given_shapes.get(path)}
     wrong = sorted(path for path in misfits if not path.startswith("params/classifier/"))
     if wrong:
         raise ValueError(
@@ -235,7 +237,7 @@ def _checksum_meta(meta: dict) -> int:
 
 
 def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict:
-    saved = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    saved = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     if _checksum_meta(saved["content"]) != saved["checksum"]:
         raise ValueError("the checksum of its meta differs")
     return saved["content"]
@@ -243,7 +245,7 @@ def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict:
 
 def _read_leaves(manager: ocp.CheckpointManager, step: int, meta: dict) -> dict[str, np.ndarray]:
     template = {name: np.empty(shape, dtype) for name, (dtype, shape) in meta["shapes"].items()}
-    leaves = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))).state
+    leaves = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))["state"]
     if _checksum_leaves(leaves) != meta["checksum"]:
         raise ValueError("the checksum of its state differs")
     return leaves

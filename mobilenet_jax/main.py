@@ -72,8 +72,10 @@ def load_config(path: str, overrides: list[str]):
 
     try:
         config = read([])
-    except (AttributeError, ImportError, SyntaxError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {error}") from error
+    except (flags.Error, AttributeError, ImportError, SyntaxError, TypeError, ValueError) as error:
+        # What a config file raises comes with its traceback in the message.
+        said = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        raise UsageError(f"{path}: {said}") from error
     for override in overrides:
         _check_override(config, override)
     try:

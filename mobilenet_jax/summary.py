@@ -67,7 +67,9 @@ def format_totals(summary: dict) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mobilenet_jax.summary", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m mobilenet_jax.summary", description="What a MobileNet costs, row by row."
+    )
     parser.add_argument("model", nargs="?", help=", ".join(MODELS))
     parser.add_argument("--width", type=float, default=1.0, help="width multiplier")
     parser.add_argument("--resolution", type=int, default=224, help="image height and width in pixels")

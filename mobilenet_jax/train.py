@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from mobilenet_jax import figures
 from mobilenet_jax.checkpoint import Checkpoints, load_variables, merge_variables
-from mobilenet_jax.data.loader import EvalBatches, make_eval_batches, make_train_iterator
+from mobilenet_jax.data.loader import make_eval_batches, make_train_iterator
 from mobilenet_jax.data.sources import DataInfo, describe
 from mobilenet_jax.evaluate import evaluate
 from mobilenet_jax.metrics import (
@@ -380,7 +380,7 @@ class Run:
         values = {
             "epoch": step / self.plan.steps_per_epoch,
             **means,
-            "train/lr": float(self.schedule(step - 1)),
+            "train/lr": self._learning_rate(step),
             "data/skipped": self._skipped,
             **(evaluation or {}),
             "time/images_per_second": progress.images_per_second,
@@ -393,9 +393,13 @@ class Run:
         self._train_mean.restore({})
         self._waited, self._line_time = 0.0, time.perf_counter()
 
+    def _learning_rate(self, step: int) -> float:
+        """That of the update that was the `step`-th."""
+        return np.asarray(self.schedule(step - 1)).item()
+
     def _non_finite(self, what: str, step: int) -> NonFiniteError:
         return NonFiniteError(
-            f"{what} at step {step}, learning rate {float(self.schedule(step - 1)):.4g}; the checkpoints before it "
+            f"{what} at step {step}, learning rate {self._learning_rate(step):.4g}; the checkpoints before it "
             "are kept: a lower optim.lr_per_256, a longer optim.warmup_epochs or optim.clip_norm may help"
         )
 

@@ -305,7 +305,7 @@ def test_variables_of_what_is_no_run_are_refused(tmp_path, iterator):
 
 def test_merge_takes_all_and_leaves_a_classifier_of_other_classes_fresh(caplog):
     fresh, loaded = make_variables(classes=10, value=0.0), make_variables(classes=3, value=1.0)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="absl"):
         merged = merge_variables(fresh, loaded, source="there")
     assert "classifier starts afresh" in caplog.text
     expected = make_variables(classes=10, value=1.0)

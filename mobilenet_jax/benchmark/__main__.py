@@ -7,6 +7,7 @@ import argparse
 import datetime
 import itertools
 import json
+import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -82,7 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="turns of each side; default: 5")
     add("--seconds", type=float, default=2.0, help="about the length of a turn; default: 2")
     add("--threads", type=int, default=2, help="cores that all sides run on; default: 2")
-    add("--options", type=json.loads, default={}, help='of create_model, for our sides, as \'{"dtype": "bfloat16"}\'')
+    add("--options", type=_options, default={}, help='of create_model, for our sides, as \'{"dtype": "bfloat16"}\'')
     add("--photographs", type=int, default=2000, help="JPEGs made for the input; default: 2000")
     add("--workers", type=int, default=0, help="data.workers of our input; default: 0")
     for peer in ("torch", "keras", "tfdata"):
@@ -93,8 +94,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.rounds, args.threads, args.photographs, *args.width, *args.resolution, *args.batch_size) <= 0:
         parser.error("rounds, threads, photographs, widths, resolutions and batch sizes are above 0")
-    if "lowering" in args.options:
-        parser.error("--options has no lowering: it is what tells our side from flax")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json: {args.json.parent} is not a folder")
     return args
 
 
@@ -110,6 +111,17 @@ def _list_of(kind: type, valid: tuple[str, ...] = ()):
 
     read.__name__ = f"comma-separated {kind.__name__}"
     return read
+
+
+def _options(text: str) -> dict:
+    valid = "valid: a JSON object of create_model's options but lowering, which tells our side from flax"
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON; {valid}") from error
+    if not isinstance(options, dict) or "lowering" in options:
+        raise argparse.ArgumentTypeError(f"{text!r}; {valid}")
+    return options
 
 
 def _program(text: str) -> str:
@@ -219,11 +231,12 @@ def format_result(title: str, result: dict) -> str:
 
 
 def describe_run(args: argparse.Namespace) -> dict:
-    """When and on what a benchmark was run, and its flags."""
+    """When and on what a benchmark was run, how busy that was with other work, and the flags."""
     from mobilenet_jax.metrics import environment
 
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "load_average": os.getloadavg()[0],  # processes that ran or waited in the minute before
         "environment": environment([f"cpu: {args.threads} cores for each side"]),
         "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
     }
@@ -237,8 +250,8 @@ def run(args: argparse.Namespace) -> int:
     for case in cases:
         count_work(case, args.options)  # an impossible network is refused before anything is measured
     report = {**describe_run(args), "results": []}
-    environment = report["environment"]
-    print(f"{environment['cpu']}, {args.threads} of {environment['cpu_count']} cores, {environment['platform']}")
+    cores = f"{args.threads} of {report['environment']['cpu_count']} cores"
+    print(f"{report['environment']['cpu']}, {cores}, load {report['load_average']:.1f}, {report['date']}")
 
     def add(title: str, result: dict) -> None:
         report["results"].append(result)
@@ -272,6 +285,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the file of --json has the cases that were measured", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Worker:
         try:
             answer = self._ask(dict(case), expected=("about", "absent"))
             if "absent" in answer:
-                raise AbsentError(f"{side}: {answer['absent']} ({command[0]})")
+                raise AbsentError(f"{side}: {answer['absent']}")
         except BaseException:
             self.close()
             raise

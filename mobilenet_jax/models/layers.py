@@ -38,11 +38,13 @@ class Conv(nn.Module):
     depthwise_impl: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C_in] to [B, H', W', C_out], padded by the spec's rule."""
+    def __call__(self, x: jax.Array, factor: jax.Array | None = None) -> jax.Array:
+        """[B, H, W, C_in] to [B, H', W', C_out], padded by the spec's rule; outputs times `factor` [C_out]."""
         op = self.op
         shape = (op.kernel, op.kernel, op.in_channels // op.groups, op.filters)
         kernel = self.param("kernel", make_kernel_init(self.path, self.spec), shape)
+        if factor is not None:
+            kernel = kernel * _wide(factor)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         pads = op.pads(x.shape[1], x.shape[2], self.spec.padding)
         if self.lowering == "auto" and op.depthwise:
@@ -71,30 +73,32 @@ class Norm(nn.Module):
     """
 
     activation: str
+    features: int
     spec: Spec
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, use_running_average: bool) -> jax.Array:
-        """[B, H, W, C] to the same; with batch statistics, the running ones move."""
-        features = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, features)
-        bias = self.param("bias", nn.initializers.zeros, features)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
-        if use_running_average:
-            factor = scale * lax.rsqrt(var.value + self.spec.bn_epsilon)
-            return _affine(x, factor, bias - mean.value * factor, self.activation)
-        y, batch_mean, batch_var = _normalise(x, scale, bias, self.spec.bn_epsilon, self.activation)  # pyright: ignore[reportGeneralTypeIssues]
+    def setup(self) -> None:
+        """Both ways of applying the norm share these."""
+        shape = (self.features,)
+        self.scale = self.param("scale", nn.initializers.ones, shape)
+        self.bias = self.param("bias", nn.initializers.zeros, shape)
+        self.mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        self.var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] to the same by the batch's statistics; the running ones move."""
+        y, mean, var = _normalise(x, self.scale, self.bias, self.spec.bn_epsilon, self.activation)  # pyright: ignore[reportGeneralTypeIssues]
         if not self.is_initializing():
             keep = self.spec.bn_decay
-            mean.value = keep * mean.value + (1 - keep) * lax.stop_gradient(batch_mean)
-            var.value = keep * var.value + (1 - keep) * lax.stop_gradient(batch_var)
+            self.mean.value = keep * self.mean.value + (1 - keep) * lax.stop_gradient(mean)
+            self.var.value = keep * self.var.value + (1 - keep) * lax.stop_gradient(var)
         return y
 
-
-def _affine(x, factor, shift, activation):
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return ACTIVATIONS[activation](x.astype(dtype) * _wide(factor) + _wide(shift)).astype(x.dtype)
+    def fold(self, conv: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+        """The same by the running statistics, which fold into the convolution's kernel."""
+        factor = self.scale * lax.rsqrt(self.var.value + self.spec.bn_epsilon)
+        y = conv(x, factor)
+        shift = (self.bias - self.mean.value * factor).astype(y.dtype)
+        return ACTIVATIONS[self.activation](y + _wide(shift))
 
 
 def _wide(channels):
@@ -128,7 +132,8 @@ def _normalise(x, scale, bias, epsilon, activation):
     """(activation of the normalised x, batch mean, batch variance); no gradient flows through these two."""
     mean, var = _moments(x)
     factor = scale * lax.rsqrt(var + epsilon)
-    return _affine(x, factor, bias - mean * factor, activation), mean, var
+    y = x.astype(mean.dtype) * _wide(factor) + _wide(bias - mean * factor)
+    return ACTIVATIONS[activation](y).astype(x.dtype), mean, var
 
 
 def _normalise_forward(x, scale, bias, epsilon, activation):
@@ -159,6 +164,7 @@ class PlainNorm(nn.Module):
     """The same as `Norm`, as a textbook writes it: `nn.BatchNorm`'s formula, then the activation."""
 
     activation: str
+    features: int
     spec: Spec
 
     @nn.compact
@@ -185,8 +191,11 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, use_running_average: bool) -> jax.Array:
         """[B, H, W, C_in] to [B, H', W', C_out]."""
-        x = self.conv(op=self.op, name="conv")(x)
-        return self.norm(activation=self.op.activation, name="norm")(x, use_running_average=use_running_average)
+        conv = self.conv(op=self.op, name="conv")
+        norm = self.norm(activation=self.op.activation, features=self.op.filters, name="norm")
+        if isinstance(norm, PlainNorm):
+            return norm(conv(x), use_running_average=use_running_average)
+        return norm.fold(conv, x) if use_running_average else norm(conv(x))
 
 
 class Dense(nn.Module):

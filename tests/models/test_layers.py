@@ -69,34 +69,36 @@ def test_trap_08_squeeze_excite_is_reduce_relu_expand_gate(gate):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_norm_is_batch_norm_in_float32(activation):
-    """Outputs, statistics and all gradients, in both modes; 1e-5 of the largest value."""
+    """Outputs, statistics and all gradients by the batch's statistics; 1e-5 of the largest value."""
     variables = {
         "params": {"scale": 1 + 0.3 * _normal(6), "bias": _normal(6, seed=1)},
         "batch_stats": {"mean": _normal(6, seed=2), "var": 1 + _normal(6, seed=3) ** 2},
     }
     x, cotangent = 2 * _normal(3, 5, 4, 6, seed=4) + 1, _normal(3, 5, 4, 6, seed=5)
-    for average in (True, False):
-        results = []
-        for layer in (Norm(activation, SPEC), PlainNorm(activation, SPEC)):
+    results = []
+    for layer, mode in (
+        (Norm(activation, 6, SPEC), {}),
+        (PlainNorm(activation, 6, SPEC), {"use_running_average": False}),
+    ):
 
-            def run(params, x, layer=layer, average=average):
-                full = {**variables, "params": params}
-                y, updates = layer.apply(full, x, use_running_average=average, mutable=["batch_stats"])
-                return jnp.sum(y * cotangent), (y, updates["batch_stats"])
+        def run(params, x, layer=layer, mode=mode):
+            full = {**variables, "params": params}
+            y, updates = layer.apply(full, x, **mode, mutable=["batch_stats"])
+            return jnp.sum(y * cotangent), (y, updates["batch_stats"])
 
-            gradients, (y, stats) = jax.grad(run, argnums=(0, 1), has_aux=True)(variables["params"], x)
-            results.append((y, stats, gradients))
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max())),
-            *results,
-        )
+        gradients, (y, stats) = jax.grad(run, argnums=(0, 1), has_aux=True)(variables["params"], x)
+        results.append((y, stats, gradients))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max())),
+        *results,
+    )
 
 
 def test_trap_19_bn_decay_is_the_share_kept():
     x = _normal(4, 3, 3, 2)
-    layer = Norm("linear", make_spec("mobilenet_v2", bn_decay=0.9))
-    variables = layer.init(jax.random.key(0), x, use_running_average=True)
-    _, new = _apply(layer, variables, x, use_running_average=False, mutable=["batch_stats"])
+    layer = Norm("linear", 2, make_spec("mobilenet_v2", bn_decay=0.9))
+    variables = layer.init(jax.random.key(0), x)
+    _, new = _apply(layer, variables, x, mutable=["batch_stats"])
     np.testing.assert_allclose(new["batch_stats"]["mean"], 0.1 * x.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(new["batch_stats"]["var"], 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-5)
 
@@ -114,14 +116,14 @@ def test_trap_19_bn_decay_is_the_share_kept():
 @pytest.mark.parametrize(
     "name_convention", [("mobilenet_v1", "keras"), ("mobilenet_v2", "keras"), ("mobilenet_v2", "timm")]
 )
-def test_conv_lowerings_agree_under_every_padding(op, name_convention):
+def test_conv_lowerings_agree_under_every_padding_with_the_norm_folded(op, name_convention):
     name, convention = name_convention
     spec = make_spec(name, convention=convention)
     shape = (op.kernel, op.kernel, op.in_channels // op.groups, op.filters)
-    ones, zeros = np.ones(op.filters, np.float32), np.zeros(op.filters, np.float32)
+    scale, bias, mean, root = (_normal(op.filters, seed=seed) for seed in (2, 3, 4, 5))
     variables = {
-        "params": {"conv": {"kernel": _normal(*shape)}, "norm": {"scale": ones, "bias": zeros}},
-        "batch_stats": {"norm": {"mean": zeros, "var": ones}},
+        "params": {"conv": {"kernel": _normal(*shape)}, "norm": {"scale": scale, "bias": bias}},
+        "batch_stats": {"norm": {"mean": mean, "var": root**2 + 0.1}},
     }
     bound = {"spec": spec, "dtype": jnp.float32, "depthwise_impl": "auto"}
     for size in ((7, 10), (8, 9)):

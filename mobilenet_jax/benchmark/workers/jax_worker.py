@@ -59,7 +59,7 @@ def load_training(model: MobileNet, images: np.ndarray):
 
 
 def load_inference(model: MobileNet, images: np.ndarray):
-    """(run, compiled forward pass, times) of the images normalised beforehand; batch norm is not folded."""
+    """(run, compiled forward pass, times) of the images normalised beforehand; ours folds its batch norm."""
     variables = jax.device_put(init_variables(model, seed=0))
     normalised = jax.device_put((images / 127.5 - 1).astype(np.float32))
     compiled, about = _compile(jax.jit(functools.partial(model.apply, train=False)), variables, normalised)

@@ -4,7 +4,6 @@ import functools
 import time
 from collections.abc import Callable
 
-import numpy as np
 from protocol import Run, UnsupportedError, serve
 
 
@@ -25,6 +24,7 @@ def list_models(applications) -> dict[str, Callable]:
 def load(case: dict) -> tuple[Run, dict]:
     """A compiled model and one batch of float32 images, used over and over."""
     import keras  # pyright: ignore[reportMissingImports]
+    import numpy as np
 
     if case["devices"] > 1:
         raise UnsupportedError("run on one device here")

@@ -29,7 +29,10 @@ def serve(load: Load) -> None:
     case, start = json.loads(sys.stdin.readline()), time.perf_counter()
     try:
         run, about = load(case)
-    except (ModuleNotFoundError, UnsupportedError) as error:
+    except ModuleNotFoundError as error:
+        reply(absent=f"{error} in {sys.executable}")
+        return
+    except UnsupportedError as error:
         reply(absent=str(error))
         return
     reply(about={**about, "load_seconds": time.perf_counter() - start})

@@ -8,7 +8,7 @@ from protocol import Run, serve
 
 def load(case: dict) -> tuple[Run, dict]:
     """A pipeline over the folder's files, with a thread pool of its own of as many threads as ours has cores."""
-    import tensorflow as tf  # pyright: ignore[reportMissingImports]
+    import tensorflow as tf  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
     size, threads = case["resolution"], case["threads"]
     files = sorted(map(str, Path(case["images"]).glob("train/*/*.jpg")))

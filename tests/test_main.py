@@ -1,0 +1,250 @@
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from mobilenet_jax import main as main_module
+from mobilenet_jax import train
+from mobilenet_jax.main import UsageError, load_config, main
+from mobilenet_jax.sharding import make_mesh
+
+# ml_collections loads config files by a way that Python is about to drop.
+pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = f"--config={ROOT / 'configs' / 'v1.py'}"
+TINY = [
+    "--config.model.width=0.1",
+    "--config.data.image_size=16",
+    "--config.data.batch_size=32",
+    "--config.train.steps=4",
+    "--config.train.save_every_epochs=0",
+    "--config.train.eval_every_epochs=0",
+    "--config.optim.warmup_epochs=0",
+]
+
+
+@pytest.fixture(autouse=True)
+def keep_process(monkeypatch):
+    """One device, and nothing of what a command sets for its process outlives the test."""
+    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(main_module, "configure_jax", lambda flags: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("config_config", None)  # where ml_collections has the last config file
+    handlers, absl_logger = logging.root.handlers[:], logging.getLogger("absl")
+    level = absl_logger.level
+    yield
+    logging.root.handlers[:] = handlers
+    absl_logger.setLevel(level)
+
+
+def refuse(capsys, *argv: str) -> str:
+    """The last line on stderr of a command that cannot be obeyed, which is all that it says of it."""
+    assert main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    *notes, said = captured.err.splitlines()
+    assert all(re.match(r"workdir: |optim\.|model\.bn_decay = ", note) for note in notes)
+    return said
+
+
+def run(*argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mobilenet_jax.main", *argv]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+# Start.
+
+
+def test_trap_35_help_is_fast_and_no_error(tmp_path):
+    seconds = []
+    for _ in range(3):  # the fastest counts: the machine may be busy
+        start = time.perf_counter()
+        done = run("--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+    assert "--config.KEY=VALUE" in done.stdout
+    assert min(seconds) < 1
+    imports = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mobilenet_jax.main", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert "argparse" in imports
+    assert not re.search(r"\| +(jax|flax|grain|orbax|matplotlib)\b", imports)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--config.model.widht=1", "--config.model has no key 'widht', did you mean width?; valid: activation, "),
+        ("--config.modle.width=1", "--config has no key 'modle', did you mean model?; valid: data, ema, "),
+        ("--config.model.width.x=1", "--config.model.width has no key 'x'; valid: none, it is a value"),
+        ("--config.model=1", "--config.model is a section; set one of its keys: activation, "),
+        ("--config.model.width", "--config.model.width has no value; write --config.model.width=VALUE"),
+        ("--config.data.batch_size=many", "data.batch_size"),
+        ("--config.data.batch_size=1.5", "data.batch_size"),
+        ("--config.train.epochs=long", "train.epochs"),
+        ("--config.data.flip=maybe", "data.flip"),
+    ],
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_trap_35_an_override_that_cannot_be_is_one_sentence(capsys, argument, said, before):
+    """Wherever it stands: absl's own flags refuse overrides that come before --config."""
+    arguments = [argument, CONFIG] if before else [CONFIG, argument]
+    assert said in refuse(capsys, *arguments)
+
+
+def test_trap_35_overrides_may_stand_before_the_config():
+    argv = ["--config.data.batch_size=16", CONFIG, "--config.train.steps=3"]
+    flags, overrides = main_module.parse(argv)
+    config = load_config(flags.config, overrides)
+    assert (config.data.batch_size, config.train.steps) == (16, 3)
+    assert config.is_locked
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("--config.model.stride_one=(0,1)", "model", "stride_one", (0, 1)),
+        ("--config.data.area_range=(.5,1.0)", "data", "area_range", (0.5, 1.0)),
+        ("--config.optim.freeze=('^stem/',)", "optim", "freeze", ("^stem/",)),
+        ("--config.model.se_ratio=0.5", "model", "se_ratio", 0.5),
+        ("--config.data.flip=true", "data", "flip", True),
+        ("--config.train.epochs=5", "train", "epochs", 5.0),
+    ],
+)
+def test_overrides_take_the_type_of_the_key(override, section, key, value):
+    found = load_config(str(ROOT / "configs" / "v1.py"), [override])[section][key]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_missing_file_and_variant_list_the_valid_ones(capsys):
+    said = refuse(capsys, f"--config={ROOT / 'configs' / 'v9.py'}")
+    assert "v9.py is not a file; valid: " in said
+    assert all(f"{name}.py" in said for name in ("v1", "v2", "v3_large", "v3_small"))
+    assert "base.py" not in said
+    said = refuse(capsys, f"{CONFIG}:foo")
+    assert "v1.py:foo: there is no variant 'foo'; valid: digits, fashion_mnist, cifar10, uc_merced, folder, " in said
+
+
+@pytest.mark.parametrize("text", ["def get_config(:\n", "import not_a_module\n", "x = 1\n"])
+def test_a_config_file_that_is_none_is_one_sentence(capsys, tmp_path, text):
+    (tmp_path / "mine.py").write_text(text)
+    assert "mine.py" in refuse(capsys, f"--config={tmp_path / 'mine.py'}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--config.model.name=mobilenet_v9", "mobilenet_v3_small"),
+        ("--config.data.source=imagenet", "digits"),
+        ("--config.data.source=folder", "data.path"),
+        ("--config.data.batch_size=-3", "data.batch_size is -3"),
+        ("--config.init=nowhere", "nowhere holds no checkpoints"),
+        ("--config.data.source=tfds:uc_merced", "tfds build uc_merced"),
+    ],
+)
+def test_impossible_values_are_one_sentence(capsys, tmp_path, argument, said):
+    assert said in refuse(capsys, CONFIG, f"--workdir={tmp_path}", "--config.data.data_dir=/nowhere", argument)
+
+
+def test_a_workdir_that_is_a_file_is_one_sentence(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in refuse(capsys, CONFIG, f"--workdir={tmp_path / 'file'}", *TINY)
+
+
+def test_no_traceback_reaches_the_terminal(tmp_path):
+    done = run(CONFIG, "--config.model.widht=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_interruption_before_the_first_step_is_said(capsys, monkeypatch):
+    def interrupt(flags, config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_module, "run", interrupt)
+    assert main([CONFIG]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_errors_of_the_program_itself_are_not_hidden(monkeypatch, tmp_path):
+    def fail(self):
+        raise ValueError("a mistake in the code")
+
+    monkeypatch.setattr(train.Run, "train", fail)
+    with pytest.raises(ValueError, match="a mistake in the code") as error:
+        main([CONFIG, f"--workdir={tmp_path}", *TINY])
+    assert not isinstance(error.value, UsageError)
+
+
+# A run from the command line.
+
+
+def test_a_run_is_stopped_continued_finished_and_evaluated(capsys, tmp_path, monkeypatch):
+    """One command four times: SIGTERM at step 2, the rest, its result again; then --mode=eval."""
+    monkeypatch.chdir(tmp_path)
+    command = [CONFIG, *TINY]
+    original = train.Run._next_batch
+
+    def next_batch(self):
+        if int(self._state.step) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "_next_batch", next_batch)
+        assert main(command) == 0
+    stopped = capsys.readouterr()
+    assert "workdir: runs/mobilenet_v1_digits" in stopped.err
+    assert "SIGTERM: saved at step 2; the same command continues" in stopped.err
+    assert stopped.out == ""
+    assert (tmp_path / "runs" / "mobilenet_v1_digits" / "checkpoints" / "2").is_dir()
+
+    assert main(command) == 0
+    first = capsys.readouterr()
+    assert "continuing runs/mobilenet_v1_digits from step 2" in first.err
+    result = json.loads(first.out)
+    assert result == json.loads((tmp_path / "runs" / "mobilenet_v1_digits" / "result.json").read_text())
+    assert f"top1 {result['top1']:.4f}" in first.err
+
+    assert main(command) == 0
+    again = capsys.readouterr()
+    assert "runs/mobilenet_v1_digits is finished" in again.err
+    assert again.out == first.out
+
+    assert main([*command, "--mode=eval"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["step"] == 4
+    assert [evaluated[f"eval_ema/{name}"] for name in ("loss", "top1", "top5", "count")] == [
+        result[name] for name in ("loss", "top1", "top5", "count")
+    ]
+
+    said = refuse(capsys, *command, "--config.model.width=0.25")
+    assert "model.width was 0.1 and is 0.25" in said
+
+
+def test_evaluation_without_a_checkpoint_is_one_sentence(capsys, tmp_path):
+    assert main([CONFIG, f"--workdir={tmp_path}", "--mode=eval", *TINY]) == 1
+    captured = capsys.readouterr()
+    assert f"{tmp_path} has no checkpoint to evaluate; train first, or set config.init\n" in captured.err
+    assert captured.out == ""
+
+
+def test_a_run_that_fails_says_why_and_ends_with_1(capsys, tmp_path):
+    assert main([CONFIG, f"--workdir={tmp_path / 'run'}", *TINY, "--config.optim.lr_per_256=1e37"]) == 1
+    captured = capsys.readouterr()
+    assert re.search(r"at step \d+, learning rate [\d.]+e\+3\d; the checkpoints before it are kept", captured.err)
+    assert captured.out == ""
