@@ -102,8 +102,10 @@ def _check_override(config, override: str) -> None:
 
 
 def configure_jax(flags: argparse.Namespace) -> None:
-    """Join the other processes, if any, and keep compiled programs on disk."""
+    """Join the other processes, if any, keep compiled programs on disk, and a CPU's buffers in memory."""
     import jax
+
+    from mobilenet_jax.malloc import keep_freed_memory
 
     if flags.compilation_cache != "off":
         jax.config.update("jax_compilation_cache_dir", str(Path(flags.compilation_cache).expanduser()))
@@ -112,6 +114,8 @@ def configure_jax(flags: argparse.Namespace) -> None:
         jax.distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
     elif flags.distributed:
         jax.distributed.initialize()
+    if jax.default_backend() == "cpu":
+        print(keep_freed_memory(), file=sys.stderr)
 
 
 def show_own_messages() -> None:

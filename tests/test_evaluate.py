@@ -76,7 +76,7 @@ def test_metrics_equal_numpys_on_logits_with_ties(classes):
 
 
 @pytest.mark.parametrize(("size", "devices"), [(1, 1), (7, 1), (50, 1), (64, 1), (8, 8), (24, 8), (64, 8)])
-def test_trap_22_and_23_batch_size_and_devices_change_nothing(size, devices):
+def test_trap_22_and_trap_23_batch_size_and_devices_change_nothing(size, devices):
     logits, labels = make_answers(50, 6, levels=9)
     want, want_confusion = evaluate_answers(logits, labels, size=10)
     got, confusion = evaluate_answers(logits, labels, size=size, devices=devices)

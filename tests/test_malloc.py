@@ -1,0 +1,44 @@
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+# Allocate and free what a step allocates and frees, ten times; print the page faults.
+PROGRAM = """
+import resource, sys
+import numpy as np
+from mobilenet_jax.malloc import keep_freed_memory
+if sys.argv[1] == "keep":
+    print(keep_freed_memory(), file=sys.stderr)
+def fault():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        np.empty(2**25, np.uint8).fill(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+fault()
+print(fault())
+"""
+
+
+def run(mode: str, **variables: str) -> tuple[int, str]:
+    """(Page faults, what was said) of the program."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", PROGRAM, mode]
+    done = subprocess.run(command, env=clean | variables, capture_output=True, text=True, check=True)
+    return int(done.stdout), done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc alone is tuned")
+def test_freed_buffers_are_reused_without_page_faults():
+    default, kept = run("leave")[0], run("keep")[0]
+    assert default > 1000
+    assert kept < default / 100
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc alone is tuned")
+def test_a_variable_of_the_user_is_obeyed_and_named():
+    faults, said = run("keep", MALLOC_ARENA_MAX="2")
+    assert said.strip() == "malloc: as MALLOC_ARENA_MAX says"
+    assert faults > 1000
