@@ -107,6 +107,7 @@ def configure_jax(flags: argparse.Namespace) -> None:
 
     from mobilenet_jax.malloc import keep_freed_memory
 
+    print(keep_freed_memory(), file=sys.stderr)
     if flags.compilation_cache != "off":
         jax.config.update("jax_compilation_cache_dir", str(Path(flags.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -114,8 +115,6 @@ def configure_jax(flags: argparse.Namespace) -> None:
         jax.distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
     elif flags.distributed:
         jax.distributed.initialize()
-    if jax.default_backend() == "cpu":
-        print(keep_freed_memory(), file=sys.stderr)
 
 
 def show_own_messages() -> None:
