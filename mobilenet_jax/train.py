@@ -79,6 +79,7 @@ def build_model(config, info: DataInfo) -> MobileNet:
 def _check(config, mesh: Mesh) -> None:
     """What no other module checks of `config.train` and the top level."""
     check_choice("parallel", config.parallel, PARALLEL)
+    check_choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))  # float64 is for tests: JAX's x64 mode
     check_share("ema.decay", config.ema.decay)
     check_share("train.label_smoothing", config.train.label_smoothing)
     if config.seed < 0:

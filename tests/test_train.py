@@ -350,6 +350,7 @@ def test_trap_17_is_part_of_a_run_with_moving_statistics(tmp_path, caplog):
         ("train__accumulate", 3, "data.batch_size / train.accumulate"),
         ("data__mixup", -0.1, "data.mixup is -0.1"),
         ("data__mix_probability", 1.5, "data.mix_probability is 1.5"),
+        ("model__dtype", "float64", "model.dtype is 'float64'; valid: float32, bfloat16"),
         ("data__std", (1.0, 0.0, 1.0), "data.std"),
         ("data__crop", "middle", "data.crop"),
         ("seed", -1, "seed is -1; valid: 0 or more"),
