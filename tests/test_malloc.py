@@ -41,7 +41,7 @@ def test_freed_buffers_are_reused_without_page_faults():
     assert kept < default / 100
 
 
-HUGE = """
+HUGE = r"""
 from mobilenet_jax.malloc import keep_freed_memory
 print(keep_freed_memory())
 import re
