@@ -47,8 +47,8 @@ print(keep_freed_memory())
 import re
 import numpy as np
 array = np.ones(2**26, np.uint8)
-mapping = open("/proc/self/smaps").read().split("[heap]")[1]
-print(re.search(r"AnonHugePages: +(\d+) kB", mapping)[1])
+mappings = open("/proc/self/smaps").read().split("[heap]")[1:]
+print(sum(int(re.search(r"AnonHugePages: +(\d+) kB", mapping)[1]) for mapping in mappings))
 """
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
