@@ -166,6 +166,7 @@ def _moments(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4))  # norms of equal shapes are traced once
 def _normalise(x, scale, bias, epsilon, activation):
     """(activation of the normalised x, batch mean, batch variance); no gradient flows through these two."""
     mean, var = _moments(x)
@@ -179,6 +180,7 @@ def _normalise_forward(x, scale, bias, epsilon, activation):
     return (y, mean, var), (x, scale, bias, mean, var)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _normalise_backward(epsilon, activation, residuals, gradients):
     x, scale, bias, mean, var = residuals
     dtype = jnp.promote_types(x.dtype, jnp.float32)
