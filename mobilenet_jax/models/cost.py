@@ -66,7 +66,7 @@ class Cost:
         for cost in self.ops:
             if cost.op.depthwise:
                 depthwise = cost
-            elif depthwise and not cost.op.pooled:
+            elif depthwise and cost.op.kernel and not cost.op.pooled:
                 full = replace(depthwise.op, depthwise=False, filters=cost.op.filters)
                 full_cost = OpCost(cost.row, full, depthwise.height, depthwise.width)
                 params += full.params - depthwise.op.params - cost.op.params

@@ -234,7 +234,7 @@ class InvertedResidual(Residual):
 
 @dataclass(frozen=True, kw_only=True)
 class FusedInvertedResidual(Residual):
-    """Expansion and depthwise in one full convolution, then the projection (2003.02838 sec. 2.2, 2404.10518 sec. 4).
+    """Expansion and depthwise in one full convolution, then the projection (EfficientNet-EdgeTPU, 2003.02838).
 
     Accelerators run it faster than the two it replaces where channels are few.
     """
@@ -253,7 +253,9 @@ class FusedInvertedResidual(Residual):
         """Fused expansion and projection; ValueError where the groups do not divide the input."""
         split = self.expanded // self.group_size if self.group_size else 1
         if in_channels % split:
-            raise ValueError(f"the {in_channels} input channels of {self} do not divide into {split} groups")
+            raise ValueError(
+                f"the {in_channels} input channels of a fused bottleneck do not divide into its {split} groups"
+            )
         expand = Op(
             name="expand",
             in_channels=in_channels,
@@ -269,7 +271,7 @@ class FusedInvertedResidual(Residual):
 
 @dataclass(frozen=True, kw_only=True)
 class UniversalInverted(Residual):
-    """V4's block: an inverted bottleneck with two optional depthwise convolutions (2404.10518 Fig. 4).
+    """V4's block: an inverted bottleneck with two optional depthwise convolutions (2404.10518).
 
     Both: extra depthwise. The middle one, `kernel`: inverted bottleneck. The first, `start`: ConvNext-like. None:
     feed-forward.
@@ -279,7 +281,7 @@ class UniversalInverted(Residual):
     start: int = 0  # kernel of the depthwise before the expansion; 0: none. It has no activation
     kernel: int = 0  # of the depthwise behind the expansion; 0: none. It has the stride, if it is there
     activation: str = "relu"
-    layer_scale: float = 0.0  # what learned factors on the branch start at (2103.17239); 0: there are none
+    layer_scale: float = 0.0  # what learned factors on the branch start at (2103.17239 sec. 2); 0: there are none
     antialias: str = ""  # avg | blur: a fixed filter takes the stride, the convolution has none
 
     def __post_init__(self):
@@ -303,7 +305,7 @@ class UniversalInverted(Residual):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiQueryAttention(Residual):
-    """V4's mobile attention: many query heads, one key and value, on a smaller map (2404.10518 sec. 4.2)."""
+    """V4's mobile attention: many query heads, one key and value, on a smaller map (2404.10518)."""
 
     heads: int
     size: int  # channels of a head's queries, of the key and of the value
