@@ -405,6 +405,7 @@ class Spec:
     shortcut: str = "bottleneck"
     dropout: float = 0.2
     drop_path: float = 0.0  # drop rate of the last block's residual branch; earlier ones have less, linearly
+    drop_path_flat: bool = False  # the same rate for every block
     init: str = "he"
     slim_stddev: float = 0.09  # of init="slim"
     hidden_is_conv: bool = False  # how the framework of the convention stores the layer: a 1x1 convolution ...
@@ -601,6 +602,7 @@ OPTIONS: dict[str, Callable[..., Spec]] = {
     "init": _with_field("init"),
     "dropout": _with_field("dropout"),
     "drop_path": _with_field("drop_path"),
+    "drop_path_flat": _with_field("drop_path_flat"),
     "bn_decay": _with_field("bn_decay"),
     "bn_epsilon": _with_field("bn_epsilon"),
 }

@@ -556,7 +556,21 @@ def test_trap_14_dropout_is_the_share_dropped():
     assert (run(jax.random.key(1)) != logits).any()
 
 
-def test_drop_path_rises_linearly_to_the_last_block(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Blocks with a residual, counted from 1, of 17.
+        ({"name": "mobilenet_v2", "drop_path": 0.34}, [0.02 * i for i in (3, 5, 6, 8, 9, 10, 12, 13, 15, 16)]),
+        ({"name": "mobilenet_v2", "drop_path": 0.2, "drop_path_flat": True}, 10 * [0.2]),
+        # Attention's too: with the fused block, those of stride 2 are 1, 2, 4 and 16.
+        (
+            {"name": "mobilenet_v4_hybrid_medium", "drop_path": 0.32, "keep": 16},
+            [0.02 * i for i in (3, *range(5, 16))],
+        ),
+    ],
+    ids=str,
+)
+def test_drop_path_rises_linearly_to_the_last_block(monkeypatch, options, expected):
     rates = []
 
     def record(branch, rate, key):
@@ -564,15 +578,14 @@ def test_drop_path_rises_linearly_to_the_last_block(monkeypatch):
         return branch
 
     monkeypatch.setattr(blocks, "drop_path", record)
-    model = MobileNet(_small("mobilenet_v2", drop_path=0.34))
+    model = MobileNet(_small(**options))
     images = jnp.zeros((2, 32, 32, 3))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
     run = functools.partial(model.apply, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
     jax.eval_shape(functools.partial(run, train=False), variables, images)
     assert rates == []
     jax.eval_shape(functools.partial(run, train=True), variables, images)
-    # Blocks with a residual, counted from 1, of 17.
-    assert rates == pytest.approx([0.02 * i for i in (3, 5, 6, 8, 9, 10, 12, 13, 15, 16)])
+    assert rates == pytest.approx(expected)
 
 
 def test_remat_recomputes_the_same_numbers():

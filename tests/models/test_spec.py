@@ -409,6 +409,7 @@ def test_fields_are_set_as_given():
         "init": "slim",
         "dropout": 0.5,
         "drop_path": 0.1,
+        "drop_path_flat": True,
         "bn_decay": 0.7,
         "bn_epsilon": 1e-4,
     }
