@@ -8,6 +8,7 @@ All numbers are arithmetic on the architecture's table; JAX is not imported.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 
 from mobilenet_jax.models.cost import Cost, compute_cost
@@ -96,14 +97,14 @@ def _describe_rows(spec: Spec, image_size: int) -> dict[str, dict]:
     return {"": {**totals, **data}, **described}
 
 
-def format_diff(differences: list[dict], names: tuple[str, str]) -> str:
+def format_diff(differences: list[dict], names: Sequence[str]) -> str:
     """A line a difference under the names of the two."""
-    lines = [("row", "field", *names)]
-    lines += [
-        (d["row"] or "network", d["field"], _format_value(d["left"]), _format_value(d["right"])) for d in differences
-    ]
+    lines = [["row", "field", *names]]
+    for d in differences:
+        lines.append([d["row"] or "network", d["field"], _format_value(d["left"]), _format_value(d["right"])])
     widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
-    return "\n".join("".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("".join(line).rstrip() for line in padded)
 
 
 def _format_value(value: object) -> str:
@@ -132,13 +133,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def _make_spec(name: str, args: argparse.Namespace) -> Spec:
+    """The network MODEL or MODEL:CONVENTION at the width and classes of the command line."""
+    model, _, convention = name.partition(":")
+    convention = convention or args.convention
+    return make_spec(model, width=args.width, num_classes=args.num_classes, convention=convention)
+
+
 def _print_diff(args: argparse.Namespace) -> None:
-    specs = []
-    for name in args.diff:
-        model, _, convention = name.partition(":")
-        convention = convention or args.convention
-        specs.append(make_spec(model, width=args.width, num_classes=args.num_classes, convention=convention))
-    differences = diff_specs(*specs, args.resolution)
+    left, right = (_make_spec(name, args) for name in args.diff)
+    differences = diff_specs(left, right, args.resolution)
     if args.json:
         print(json.dumps(differences))
     else:

@@ -94,7 +94,7 @@ class Textbook:
             for j in range(k)
         ]
         taps = [(w, window[:, ::stride, ::stride]) for w, window in taps]
-        x = sum(window * w[0] if depthwise else _multiply(window, w, groups) for w, window in taps)
+        x = np.sum([window * w[0] if depthwise else _multiply(window, w, groups) for w, window in taps], axis=0)
         return ACTIVATIONS[activation](self.norm(x, f"{path}/norm")) if norm else x
 
     def zeros(self, n, k, stride, dilation, depthwise):

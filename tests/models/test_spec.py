@@ -30,6 +30,11 @@ def _blocks(spec):
     return [(row, channels) for _, row, channels in spec.rows() if isinstance(row, InvertedResidual)]
 
 
+def _activations(spec):
+    """The activation of each row of a spec that has one."""
+    return [row.activation for _, row, _ in spec.rows() if not isinstance(row, MultiQueryAttention)]
+
+
 def _residuals(spec):
     """Whether each row of a spec has a residual."""
     return [isinstance(row, Residual) and row.has_residual(channels) for _, row, channels in spec.rows()]
@@ -202,15 +207,15 @@ def test_trap_06_activations_are_the_papers(convention):
     """V1 and V2: ReLU6. V3: ReLU and hard-swish by the row. Minimalistic: ReLU alone."""
     for name in ("mobilenet_v1", "mobilenet_v2"):
         spec = make_spec(name, convention=convention)
-        assert {row.activation for _, row, _ in spec.rows()} == {"relu6"}
+        assert set(_activations(spec)) == {"relu6"}
     tables = {"mobilenet_v3_large": (6, 9), "mobilenet_v3_small": (3, 8)}
     for name, (relu, hard_swish) in tables.items():
         spec = make_spec(name, convention=convention)
         expected = ["hard_swish"] + relu * ["relu"] + (hard_swish + 1) * ["hard_swish"]
-        assert [row.activation for _, row, _ in spec.rows()] == expected
+        assert _activations(spec) == expected
         assert spec.hidden_activation == "hard_swish"
         small = make_spec(f"{name}_minimalistic", convention=convention)
-        assert {row.activation for _, row, _ in small.rows()} == {small.hidden_activation} == {"relu"}
+        assert set(_activations(small)) == {small.hidden_activation} == {"relu"}
         assert all(row.kernel == 3 and row.se is None for row, _ in _blocks(small))
 
 
@@ -276,7 +281,9 @@ def test_v4_forms_are_the_papers():
         "hybrid_medium": [13, 0, 5, 4, 8],
     }
     hybrid = make_spec("mobilenet_v4_hybrid_large")
-    assert {row.activation for row in hybrid.blocks if not isinstance(row, MultiQueryAttention)} == {"gelu"}
+    assert set(_activations(hybrid)) == {hybrid.hidden_activation} == {"gelu"}
+    hybrid = make_spec("mobilenet_v4_hybrid_large", activation="relu6")  # attention has none to change
+    assert set(_activations(hybrid)) == {hybrid.hidden_activation} == {"relu6"}
     assert {row.layer_scale for row in hybrid.blocks if isinstance(row, UniversalInverted | MultiQueryAttention)} == {
         1e-5
     }
@@ -292,7 +299,7 @@ def test_trap_02_v4_width_spares_stem_and_hidden_layer():
 
 def test_activation_everywhere():
     spec = make_spec("mobilenet_v3_large", activation="relu6")
-    assert {row.activation for _, row, _ in spec.rows()} == {spec.hidden_activation} == {"relu6"}
+    assert set(_activations(spec)) == {spec.hidden_activation} == {"relu6"}
     assert {row.projection_activation for row, _ in _blocks(spec)} == {"linear"}
     assert with_activation(make_spec("mobilenet_v1"), "relu").hidden_activation == "linear"  # it has no hidden layer
 
