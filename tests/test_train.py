@@ -389,7 +389,7 @@ def test_init_takes_the_averages_of_another_run_and_evaluates_what_is_held_out(f
 def test_init_of_another_width_or_of_nothing_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match="does not fit the model"):
         Run(make_config(init=str(finished), model__width=0.25), tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
+    with pytest.raises(FileNotFoundError, match="there are no weights .*nothing; valid: a file"):
         Run(make_config(init=str(tmp_path / "nothing")), tmp_path)
 
 

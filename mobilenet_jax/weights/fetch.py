@@ -86,8 +86,8 @@ def find_published(name: str) -> Published:
     if framework == "keras" and model == "MobileNetV2" and width in _V2_FILES:
         file = f"mobilenet_v2_weights_tf_dim_ordering_tf_kernels_{_V2_FILES[width]}_224.h5"
         return Published(f"{KERAS_URL}mobilenet_v2/{file}")
-    if framework == "keras" and (model, width) in _V3_FILES:
-        file, digest = _V3_FILES[model, width]
+    if framework == "keras" and (v3 := _V3_FILES.get((str(model), width))):
+        file, digest = v3
         return Published(f"{KERAS_URL}mobilenet_v3/weights_mobilenet_v3_{file}_float.h5", "md5", digest)
     keras = [f"keras/{m}_{w:03d}" for m, ws in (("MobileNet", _V1_FILES), ("MobileNetV2", _V2_FILES)) for w in ws]
     keras += [f"keras/{m}_{w:03d}" for m, w in _V3_FILES]

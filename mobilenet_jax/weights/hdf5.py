@@ -67,7 +67,7 @@ class _Reader:
     def read_numbered(self, layers: h5py.Group) -> dict[str, np.ndarray]:
         """Keras 3: layers/conv2d_10/vars/0, the layer's own name beside them; variables in the order of creation."""
         tensors = {}
-        for number in layers:
+        for number in map(str, layers):
             layer = self.group(layers, number)
             if "vars" not in layer:
                 continue
@@ -76,7 +76,7 @@ class _Reader:
                 continue
             name = self._strings(variables, "name")[0] if "name" in variables.attrs else number
             leaves = _NORM if len(variables) == len(_NORM) else ("kernel", "bias")
-            for i in variables:
+            for i in map(str, variables):
                 leaf = leaves[int(i)] if i.isdecimal() and int(i) < len(leaves) else i
                 tensors[_normalise(f"{name}/{leaf}")] = self._array(variables, i)
         return tensors
@@ -99,7 +99,7 @@ class _Reader:
         attribute = owner.attrs.get_id(name)
         if math.prod(attribute.shape) * attribute.dtype.itemsize > _ATTRIBUTE_LIMIT:
             raise WeightsError(f"the attribute {name!r} of its group {owner.name!r} is larger than Keras writes")
-        values = np.atleast_1d(owner.attrs[name])
+        values = np.array(owner.attrs[name], object, ndmin=1)
         return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
 
     def _array(self, owner: h5py.Group, name: str) -> np.ndarray:

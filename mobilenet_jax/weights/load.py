@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -59,7 +60,7 @@ def load_weights(
       WeightsError: a file that cannot be read, does not fit, or may be several models; one sentence.
       FileNotFoundError: there is nothing of that name.
     """
-    options = {"lowering": lowering, "dtype": dtype}
+    options: dict[str, Any] = {"lowering": lowering, "dtype": dtype}
     path, preprocessing = Path(path_or_name), None
     if is_remote(path_or_name) and not path.exists():
         path, name, preprocessing = fetch(str(path_or_name), offline=offline)
@@ -195,7 +196,7 @@ def _to_float32(name: str, tensor: np.ndarray, path: Path) -> np.ndarray:
     return values
 
 
-def _load_run(path: Path, options: dict) -> tuple[MobileNet, dict, dict]:
+def _load_run(path: Path, options: dict[str, Any]) -> tuple[MobileNet, dict, dict]:
     """The newest checkpoint of a workdir, or the one named, with a card from the config saved in it."""
     try:
         variables, meta = load_variables(path)
@@ -206,7 +207,7 @@ def _load_run(path: Path, options: dict) -> tuple[MobileNet, dict, dict]:
     model = create_model(**{**section, "stride_one": tuple(section["stride_one"]), **options})
     digest = hashlib.sha256()
     for leaf in traverse_util.flatten_dict(variables).values():
-        digest.update(np.ascontiguousarray(leaf))
+        digest.update(np.ascontiguousarray(leaf).data)
     keys = ("image_size", "crop_share", "interpolation", "mean", "std")
     card = make_card(
         name=config["name"],

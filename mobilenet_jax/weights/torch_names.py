@@ -7,7 +7,7 @@ efficientnet.py and _efficientnet_blocks.py; the preprocessing is that of the pu
 from dataclasses import replace
 
 from mobilenet_jax.models.spec import Conv, InvertedResidual, Row, Spec
-from mobilenet_jax.weights.card import HALF, IMAGENET
+from mobilenet_jax.weights.card import HALF, IMAGENET, Preprocessing
 from mobilenet_jax.weights.naming import Entry, Layout, Naming
 
 _LEAVES = {
@@ -106,4 +106,6 @@ TIMM = Naming(
     percent=True,
 )
 # By the start of the file's SHA-256: torchvision's IMAGENET1K_V2 weights are for images resized to 232 px.
-PUBLISHED_PREPROCESSING = dict.fromkeys(("7ebf99e0", "5c1a4163"), replace(IMAGENET, crop_share=224 / 232))
+PUBLISHED_PREPROCESSING: dict[str, Preprocessing] = dict.fromkeys(
+    ("7ebf99e0", "5c1a4163"), replace(IMAGENET, crop_share=224 / 232)
+)
