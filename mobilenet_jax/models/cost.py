@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from mobilenet_jax.models.spec import InvertedResidual, Op, Spec
+from mobilenet_jax.models.spec import MultiQueryAttention, Op, Residual, Spec
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class OpCost:
     @property
     def madds(self) -> int:
         """Multiply-adds: output positions times kernel area times input channels a group."""
-        op = self.op
-        return self.height * self.width * op.filters * op.kernel**2 * op.in_channels // op.groups
+        return self.height * self.width * self.op.kernel_elements
 
     @property
     def outputs(self) -> int:
@@ -39,6 +38,7 @@ class Cost:
     channels: tuple[int, ...]  # output channels of every convolution in running order, the framework's dense left out
     inference_elements: int  # largest set of activations alive at once in inference
     training_elements: int  # activations kept for the backward pass
+    attention_madds: int = 0  # multiply-adds of attention's two matrix products; beside `madds`, not in it
 
     @property
     def params(self) -> int:
@@ -56,11 +56,6 @@ class Cost:
         return sum(c.madds for c in self.ops)
 
     @property
-    def attention_madds(self) -> int:
-        """Multiply-adds of attention's two matrix products: these networks have none."""
-        return 0
-
-    @property
     def standard(self) -> tuple[int, int]:
         """(params, multiply-adds) with each depthwise convolution and the pointwise behind it made one.
 
@@ -73,7 +68,7 @@ class Cost:
                 depthwise = cost
             elif depthwise and not cost.op.pooled:
                 full = replace(depthwise.op, depthwise=False, filters=cost.op.filters)
-                full_cost = OpCost(cost.row, full, cost.height, cost.width)
+                full_cost = OpCost(cost.row, full, depthwise.height, depthwise.width)
                 params += full.params - depthwise.op.params - cost.op.params
                 madds += full_cost.madds - depthwise.madds - cost.madds
                 depthwise = None
@@ -86,46 +81,64 @@ def compute_cost(spec: Spec, image_size: int | tuple[int, int]) -> Cost:
     Raises ValueError where the image is too small for the strides.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    ops, memory = [], _Memory(elements=height * width * spec.in_channels)
+    ops, memory, attention_madds = [], _Memory(elements=height * width * spec.in_channels), 0
     for name, row, channels in spec.rows():
-        memory.enter_row(residual=isinstance(row, InvertedResidual) and row.has_residual(channels))
+        attends, size = isinstance(row, MultiQueryAttention), (height, width)
+        memory.enter_row(residual=isinstance(row, Residual) and row.has_residual(channels), gathers=attends)
         for op in row.ops(channels):
+            keys = height * width
+            height, width = size if op.rewinds else (height, width)
+            if attends and op.name == "output/project":
+                queries = height * width
+                attention_madds += row.product_madds(queries, keys)
+                memory.attend(row.heads * queries * keys, queries * op.in_channels)
             if not op.pooled:
                 height, width = op.output_size(height, width, spec.padding)
             cost = OpCost(name, op, *((1, 1) if op.pooled else (height, width)))
             memory.run(cost)
             ops.append(cost)
-    memory.enter_row(residual=False)
+    memory.enter_row(residual=False, gathers=False)
     for op in spec.tail_ops():
         cost = OpCost(op.name, replace(op, name=""), 1, 1)
         memory.run(cost)
         ops.append(cost)
     dense = {"hidden": not spec.hidden_is_conv, "classifier": not spec.classifier_is_conv}
-    channels = tuple(c.op.filters for c in ops if not dense.get(c.row, False))
-    return Cost(tuple(ops), channels, memory.peak, memory.kept)
+    channels = tuple(c.op.filters for c in ops if c.op.kernel and not dense.get(c.row, False))
+    return Cost(tuple(ops), channels, memory.peak, memory.kept, attention_madds)
 
 
 class _Memory:
     """Activations alive while ops run in order, and those that reverse-mode differentiation keeps.
 
-    Alive at an op: its input, its output, and the row's input where a residual will need it; norm, activation
-    and the residual's sum work in place. Kept: the input image, both sides of every batch norm, the output of
-    everything else, and the gated map behind squeeze-excite.
+    Alive at an op: its input, its output, and the row's input where a residual will need it; norm, activation,
+    layer scale and the residual's sum work in place. Attention lets nothing go between its norm and its products.
+    Kept: the input image, both sides of every batch norm, the output of everything else, the gated map behind
+    squeeze-excite, and attention's probabilities.
     """
 
     def __init__(self, elements: int):
-        self.current = elements  # the last map
+        self.current = elements  # the last map; in attention, with those before it
         self.held = 0  # the row's input, waiting for the residual
+        self.fresh = True  # no op of the row has run: its input is the last map
+        self.gathers = False  # in attention, before the products
         self.peak = self.kept = elements
 
-    def enter_row(self, *, residual: bool) -> None:
-        self.held = self.current if residual else 0
+    def enter_row(self, *, residual: bool, gathers: bool) -> None:
+        self.held, self.fresh, self.gathers = self.current if residual else 0, True, gathers
 
     def run(self, cost: OpCost) -> None:
-        held = self.held if self.held != self.current else 0
-        self.peak = max(self.peak, held + self.current + cost.outputs)
+        if cost.op.scale:
+            return
+        before = 0 if self.fresh else self.held
+        self.peak = max(self.peak, before + self.current + cost.outputs)
         self.kept += cost.outputs * (2 if cost.op.norm else 1)
         if cost.op.name == "se/expand":
             self.kept += self.current
         elif not cost.op.name.startswith("se/"):
-            self.current = cost.outputs
+            self.current = cost.outputs + (self.current if self.gathers and not self.fresh else 0)
+        self.fresh = False
+
+    def attend(self, scores: int, attended: int) -> None:
+        self.peak = max(self.peak, self.held + self.current + scores + attended)
+        self.kept += scores + attended
+        self.current, self.gathers = attended, False

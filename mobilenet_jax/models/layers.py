@@ -19,6 +19,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "relu6": nn.relu6,
     "hard_swish": nn.hard_swish,
+    "gelu": functools.partial(nn.gelu, approximate=False),
 }
 # The hard sigmoid is relu6(x + 3) / 6, not the 0.2 x + 0.5 of older Keras.
 GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -42,7 +43,7 @@ class Conv(nn.Module):
         """[B, H, W, C_in] to [B, H', W', C_out], padded by the spec's rule; outputs times `factor` [C_out]."""
         op = self.op
         shape = (op.kernel, op.kernel, op.in_channels // op.groups, op.filters)
-        kernel = self.param("kernel", make_kernel_init(self.path, self.spec), shape)
+        kernel = self.param("kernel", make_kernel_init(self.path, self.spec, op.groups), shape)
         if factor is not None:
             kernel = kernel * _wide(factor)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
@@ -61,6 +62,7 @@ class Conv(nn.Module):
             window_strides=(op.stride, op.stride),
             padding=pads,
             rhs_dilation=(op.dilation, op.dilation),
+            feature_group_count=op.split,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
@@ -181,8 +183,20 @@ class PlainNorm(nn.Module):
         return ACTIVATIONS[self.activation](norm(x))
 
 
+def apply_norm(norm: nn.Module, conv: Callable[..., jax.Array], x: jax.Array, *, running: bool) -> jax.Array:
+    """`norm`, a `Norm` or `PlainNorm`, of `conv`'s output; by the running statistics if `running`."""
+    if isinstance(norm, Norm):
+        return norm.fold(conv, x) if running else norm(conv(x))
+    return norm(conv(x), use_running_average=running)  # pyright: ignore[reportCallIssue]
+
+
+def keep_map(x: jax.Array, factor: jax.Array | None = None) -> jax.Array:
+    """What `apply_norm` takes for a convolution where there is none: x [B, H, W, C], times `factor` [C]."""
+    return x if factor is None else x * _wide(factor).astype(x.dtype)
+
+
 class ConvNorm(nn.Module):
-    """Convolution (`conv`), batch norm (`norm`) and activation of an `Op`."""
+    """Convolution (`conv`) of an `Op`, batch norm (`norm`) and activation where it has them."""
 
     op: Op
     conv: Callable[..., nn.Module]
@@ -192,10 +206,22 @@ class ConvNorm(nn.Module):
     def __call__(self, x: jax.Array, *, use_running_average: bool) -> jax.Array:
         """[B, H, W, C_in] to [B, H', W', C_out]."""
         conv = self.conv(op=self.op, name="conv")
+        if not self.op.norm:
+            return conv(x)
         norm = self.norm(activation=self.op.activation, features=self.op.filters, name="norm")
-        if isinstance(norm, PlainNorm):
-            return norm(conv(x), use_running_average=use_running_average)
-        return norm.fold(conv, x) if use_running_average else norm(conv(x))
+        return apply_norm(norm, conv, x, running=use_running_average)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel, near 0 at first: deep branches start as the identity (2103.17239 sec. 2)."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] to the same."""
+        gamma = self.param("gamma", nn.initializers.constant(self.initial), x.shape[-1:])
+        return x * _wide(gamma).astype(x.dtype)
 
 
 class Dense(nn.Module):
@@ -228,6 +254,21 @@ class SqueezeExcite(nn.Module):
         hidden = nn.relu(self.dense(filters=self.reduced, name="reduce")(mean))
         gates = GATES[self.gate](self.dense(filters=x.shape[-1], name="expand")(hidden))
         return x * gates[:, None, None, :]
+
+
+def _average_pairs(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] to [B, H // 2, W // 2, C]: means of 2x2 pixels."""
+    return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+def _blur(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] to half its size: every second pixel by 1-2-1 binomial weights, zeros outside (1904.11486)."""
+    weights = jnp.array([1, 2, 1], x.dtype) / 4
+    kernel = jnp.broadcast_to(jnp.outer(weights, weights)[:, :, None, None], (3, 3, 1, x.shape[-1]))
+    return grouped_conv(x, kernel, stride=2, pads=((1, 1), (1, 1)), dilation=1)
+
+
+ANTIALIASES: dict[str, Callable[[jax.Array], jax.Array]] = {"avg": _average_pairs, "blur": _blur}
 
 
 def spatial_mean(x: jax.Array) -> jax.Array:

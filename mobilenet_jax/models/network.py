@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mobilenet_jax.models.blocks import InvertedResidualBlock, SeparableBlock
+from mobilenet_jax.models.blocks import RESIDUAL_BLOCKS, Chain
 from mobilenet_jax.models.depthwise import IMPLEMENTATIONS
 from mobilenet_jax.models.layers import (
     ACTIVATIONS,
@@ -21,7 +21,7 @@ from mobilenet_jax.models.layers import (
     spatial_mean,
 )
 from mobilenet_jax.models.spec import Conv as ConvRow
-from mobilenet_jax.models.spec import InvertedResidual, Spec, check_choice
+from mobilenet_jax.models.spec import Separable, Spec, check_choice
 from mobilenet_jax.models.zoo import make_spec
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
@@ -72,17 +72,16 @@ class MobileNet(nn.Module):
                 op.output_size(x.shape[1], x.shape[2], spec.padding)  # says so if the image is too small
             if isinstance(row, ConvRow):
                 x = ConvNorm(op, conv, norm, name=name)(x, use_running_average=running)
-            elif isinstance(row, InvertedResidual):
+            elif isinstance(row, Separable):
+                x = self._remat(Chain, (2,))(row.ops(channels), conv, norm, name=name)(x, running)
+            else:
                 rate = spec.drop_path * i / len(spec.blocks)
-                block = self._remat(InvertedResidualBlock, (3, 4))(
+                block = self._remat(RESIDUAL_BLOCKS[type(row)], (3, 4))(
                     row, channels, spec.shortcut, rate, conv, norm, dense, name=name
                 )
                 x, wide = block(x, wide, running, not train)
-            else:
-                block = self._remat(SeparableBlock, (2,))(row, channels, conv, norm, name=name)
-                x = block(x, running)
             maps[name] = x
-        logits = self._classify(x, dense, train=train)
+        logits = self._classify(self._pool(x, conv, norm, dense, running=running), train=train)
         return (logits, {name: maps[taps[name]] for name in features}) if features else logits
 
     def _layers(self) -> tuple[Callable[..., nn.Module], ...]:
@@ -97,18 +96,24 @@ class MobileNet(nn.Module):
     def _remat(self, block: type[nn.Module], static: tuple[int, ...]) -> Callable[..., nn.Module]:
         return nn.remat(block, static_argnums=static) if self.remat else block
 
-    def _classify(self, x: jax.Array, dense: Callable[..., nn.Module], *, train: bool) -> jax.Array:
-        spec = self.spec
-        x = spatial_mean(x)
+    def _pool(self, x: jax.Array, conv, norm, dense, *, running: bool) -> jax.Array:
+        """[B, H, W, C] to the vector [B, D] that the classifier sees: spatial mean, hidden layer."""
+        spec, x = self.spec, spatial_mean(x)
+        if spec.hidden_norm:
+            hidden = ConvNorm(spec.tail_ops()[0], conv, norm, name="hidden")
+            return hidden(x[:, None, None, :], use_running_average=running)[:, 0, 0, :]
         if spec.hidden:
-            x = ACTIVATIONS[spec.hidden_activation](dense(filters=spec.hidden, name="hidden")(x))
+            return ACTIVATIONS[spec.hidden_activation](dense(filters=spec.hidden, name="hidden")(x))
+        return x
+
+    def _classify(self, x: jax.Array, *, train: bool) -> jax.Array:
         # Logits, and what stands in for them, are float32 whatever the network computes in.
         wide_dtype = jnp.promote_types(x.dtype, jnp.float32)
         x = x.astype(wide_dtype)
-        if not spec.num_classes:
+        if not self.spec.num_classes:
             return x
-        x = nn.Dropout(spec.dropout, deterministic=not train)(x)
-        return Dense(spec.num_classes, spec, wide_dtype, name="classifier")(x)
+        x = nn.Dropout(self.spec.dropout, deterministic=not train)(x)
+        return Dense(self.spec.num_classes, self.spec, wide_dtype, name="classifier")(x)
 
 
 def create_model(

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import get_args, get_origin, get_type_hints
 
-ACTIVATIONS = ("linear", "relu", "relu6", "hard_swish")
+ACTIVATIONS = ("linear", "relu", "relu6", "hard_swish", "gelu")
 PADDINGS = ("same", "symmetric", "keras_v1")
 SHORTCUTS = ("bottleneck", "expansion", "none")
 SE_GATES = ("hard_sigmoid", "sigmoid", "hard_swish")
 SE_ROUNDINGS = ("div8", "int")
 INITS = ("he", "slim")
+ANTIALIASES = ("", "avg", "blur")
 
 
 def check_choice(key: str, value: object, valid: tuple) -> None:
@@ -59,24 +60,33 @@ class Op:
     name: str  # path inside its row: "expand", "se/reduce"
     in_channels: int
     filters: int
-    kernel: int = 1
+    kernel: int = 1  # 0: no convolution, only what would be behind it
     stride: int = 1
     dilation: int = 1
     depthwise: bool = False
-    norm: bool = True  # batch norm instead of a bias
+    split: int = 1  # channel groups of a convolution that is not depthwise
+    norm: bool = True
+    bias: bool = False
+    scale: float = 0.0  # what a learned factor for each channel starts at; 0: there is none
     activation: str = "linear"
     pooled: bool = False  # runs on the spatial mean: squeeze-excite, the layers behind the pooling
+    antialias: str = ""  # a fixed filter of stride 2 that takes the place of the convolution: avg | blur
+    rewinds: bool = False  # reads a map of the row's input size, whatever the op before it left
 
     @property
     def groups(self) -> int:
         """Channel groups: one a channel in a depthwise convolution."""
-        return self.in_channels if self.depthwise else 1
+        return self.in_channels if self.depthwise else self.split
+
+    @property
+    def kernel_elements(self) -> int:
+        """Elements of the kernel, which are the multiply-adds of an output pixel."""
+        return self.kernel**2 * self.in_channels // self.groups * self.filters
 
     @property
     def params(self) -> int:
-        """Trainable elements: kernel, and batch norm's scale and offset or the bias."""
-        kernel = self.kernel**2 * self.in_channels // self.groups * self.filters
-        return kernel + self.filters * (2 if self.norm else 1)
+        """Trainable elements: kernel, batch norm's scale and offset, bias, layer scale."""
+        return self.kernel_elements + self.filters * (2 * self.norm + self.bias + (self.scale != 0))
 
     def pads(self, height: int, width: int, padding: str) -> tuple[tuple[int, int], tuple[int, int]]:
         """Zeros ((top, bottom), (left, right)) for a map of `height` x `width`."""
@@ -86,6 +96,11 @@ class Op:
 
     def output_size(self, height: int, width: int, padding: str) -> tuple[int, int]:
         """Height and width behind the op; ValueError where nothing would be left."""
+        if self.antialias:  # avg: pairs of pixels; blur: every second pixel with its neighbours, padded
+            more = 1 if self.antialias == "blur" else 0
+            return (height + more) // 2, (width + more) // 2
+        if not self.kernel:
+            return height, width
         reach = self.dilation * (self.kernel - 1)
         before_after = self.pads(height, width, padding)
         out = tuple(
@@ -170,27 +185,33 @@ class SqueezeExcite:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InvertedResidual:
-    """V2's and V3's block: expand, depthwise, gate, project (1801.04381 Table 1, 1905.02244 Fig. 4)."""
+class Residual:
+    """What the rows with a residual share."""
 
-    expanded: int
     filters: int
-    expands: bool = True  # false: no expansion convolution, `expanded` is the input's width
     kernel: int = 3
     stride: int = 1
     dilation: int = 1
-    activation: str = "relu6"
-    projection_activation: str = "linear"
-    se: SqueezeExcite | None = None
     skip: bool = True  # may have a residual, where stride and channels allow one
-
-    def __post_init__(self):
-        _check_row(self)
-        check_choice("projection_activation", self.projection_activation, ACTIVATIONS)
 
     def has_residual(self, in_channels: int) -> bool:
         """Whether input and output can be added, and the table adds them."""
         return self.skip and self.stride == 1 and in_channels == self.filters
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvertedResidual(Residual):
+    """V2's and V3's block: expand, depthwise, gate, project (1801.04381 Table 1, 1905.02244 Fig. 4)."""
+
+    expanded: int
+    expands: bool = True  # false: no expansion convolution, `expanded` is the input's width
+    activation: str = "relu6"
+    projection_activation: str = "linear"
+    se: SqueezeExcite | None = None
+
+    def __post_init__(self):
+        _check_row(self)
+        check_choice("projection_activation", self.projection_activation, ACTIVATIONS)
 
     def ops(self, in_channels: int) -> tuple[Op, ...]:
         """Expansion, depthwise, the two of squeeze-excite, projection: those the row has, in order."""
@@ -201,8 +222,8 @@ class InvertedResidual:
         ops.append(_depthwise(self, self.expanded))
         if self.se:
             reduced = self.se.channels(self.expanded)
-            squeeze = Op(name="se/reduce", in_channels=self.expanded, filters=reduced, norm=False, pooled=True)
-            ops += [squeeze, replace(squeeze, name="se/expand", in_channels=reduced, filters=self.expanded)]
+            squeeze = _dense("se/reduce", self.expanded, reduced)
+            ops += [squeeze, _dense("se/expand", reduced, self.expanded)]
         project = Op(
             name="project",
             in_channels=self.expanded,
@@ -212,10 +233,112 @@ class InvertedResidual:
         return (*ops, project)
 
 
-Row = Conv | Separable | InvertedResidual
+@dataclass(frozen=True, kw_only=True)
+class FusedInvertedResidual(Residual):
+    """Expansion and depthwise in one full convolution, then the projection (2003.02838 sec. 2.2, 2404.10518 sec. 4).
+
+    Accelerators run it faster than the two it replaces where channels are few.
+    """
+
+    expanded: int
+    group_size: int = 0  # expanded channels a group of the convolution; 0: one group
+    activation: str = "relu"
+    antialias: str = ""  # avg | blur: a fixed filter takes the stride, the convolution has none
+
+    def __post_init__(self):
+        _check_row(self)
+        if self.group_size and self.expanded % self.group_size:
+            raise ValueError(f"group_size is {self.group_size}; valid: a divisor of the {self.expanded} channels")
+
+    def ops(self, in_channels: int) -> tuple[Op, ...]:
+        """Fused expansion and projection; ValueError where the groups do not divide the input."""
+        split = self.expanded // self.group_size if self.group_size else 1
+        if in_channels % split:
+            raise ValueError(f"the {in_channels} input channels of {self} do not divide into {split} groups")
+        expand = Op(
+            name="expand",
+            in_channels=in_channels,
+            filters=self.expanded,
+            kernel=self.kernel,
+            stride=self.stride,
+            dilation=self.dilation,
+            split=split,
+            activation=self.activation,
+        )
+        return *_antialias(self, expand), Op(name="project", in_channels=self.expanded, filters=self.filters)
 
 
-def _depthwise(row: Separable | InvertedResidual, channels: int) -> Op:
+@dataclass(frozen=True, kw_only=True)
+class UniversalInverted(Residual):
+    """V4's block: an inverted bottleneck with two optional depthwise convolutions (2404.10518 Fig. 4).
+
+    Both: extra depthwise. The middle one, `kernel`: inverted bottleneck. The first, `start`: ConvNext-like. None:
+    feed-forward.
+    """
+
+    expanded: int
+    start: int = 0  # kernel of the depthwise before the expansion; 0: none. It has no activation
+    kernel: int = 0  # of the depthwise behind the expansion; 0: none. It has the stride, if it is there
+    activation: str = "relu"
+    layer_scale: float = 0.0  # what learned factors on the branch start at (2103.17239); 0: there are none
+    antialias: str = ""  # avg | blur: a fixed filter takes the stride, the convolution has none
+
+    def __post_init__(self):
+        _check_row(self, self.start, self.kernel, least=0)
+        if self.stride == 2 and not (self.start or self.kernel):
+            raise ValueError(f"impossible row {self}: without a depthwise convolution only stride 1 is valid")
+
+    def ops(self, in_channels: int) -> tuple[Op, ...]:
+        """First depthwise, expansion, middle depthwise, projection, layer scale: those the row has, in order."""
+        middle = _depthwise(self, self.expanded)
+        start = replace(middle, name="start/depthwise", in_channels=in_channels, filters=in_channels)
+        start = replace(start, kernel=self.start, stride=1 if self.kernel else self.stride, activation="linear")
+        ops = [
+            *_antialias(self, start),
+            Op(name="expand", in_channels=in_channels, filters=self.expanded, activation=self.activation),
+            *_antialias(self, middle),
+            Op(name="project", in_channels=self.expanded, filters=self.filters),
+        ]
+        return *ops, *_layer_scale(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiQueryAttention(Residual):
+    """V4's mobile attention: many query heads, one key and value, on a smaller map (2404.10518 sec. 4.2)."""
+
+    heads: int
+    size: int  # channels of a head's queries, of the key and of the value
+    reduction: int = 1  # stride of the depthwise convolutions before key and value; 1: there are none
+    layer_scale: float = 0.0
+
+    def __post_init__(self):
+        _check_row(self)
+        if self.heads < 1 or self.size < 1 or self.reduction not in (1, 2) or self.stride != 1:
+            raise ValueError(f"impossible row {self}: heads and size >= 1, reduction 1 or 2, stride 1 are valid")
+
+    def ops(self, in_channels: int) -> tuple[Op, ...]:
+        """Norm; query, key and value, each of the norm's output; output, of the attended map; layer scale."""
+        wide = self.heads * self.size
+        ops = [
+            Op(name="norm", in_channels=in_channels, filters=in_channels, kernel=0),
+            _projection("query", in_channels, wide, rewinds=True),
+        ]
+        for name in ("key", "value"):
+            if self.reduction > 1:
+                reduce = replace(_depthwise(self, in_channels), name=f"{name}/depthwise", stride=self.reduction)
+                ops.append(replace(reduce, rewinds=True))
+            ops.append(_projection(name, in_channels, self.size, rewinds=self.reduction == 1))
+        return (*ops, _projection("output", wide, self.filters, rewinds=True), *_layer_scale(self))
+
+    def product_madds(self, queries: int, keys: int) -> int:
+        """Multiply-adds of the two matrix products for so many pixels of either."""
+        return 2 * self.heads * self.size * queries * keys
+
+
+Row = Conv | Separable | InvertedResidual | FusedInvertedResidual | UniversalInverted | MultiQueryAttention
+
+
+def _depthwise(row: Separable | InvertedResidual | UniversalInverted | MultiQueryAttention, channels: int) -> Op:
     return Op(
         name="depthwise",
         in_channels=channels,
@@ -224,13 +347,41 @@ def _depthwise(row: Separable | InvertedResidual, channels: int) -> Op:
         stride=row.stride,
         dilation=row.dilation,
         depthwise=True,
-        activation=row.activation,
+        activation="linear" if isinstance(row, MultiQueryAttention) else row.activation,
     )
 
 
-def _check_row(row: Row) -> None:
-    check_choice("activation", row.activation, ACTIVATIONS)
-    if row.filters < 1 or row.kernel < 1 or row.kernel % 2 == 0 or row.stride not in (1, 2) or row.dilation < 1:
+def _dense(name: str, in_channels: int, units: int, activation: str = "linear") -> Op:
+    op = Op(name=name, in_channels=in_channels, filters=units, norm=False, bias=True, pooled=True)
+    return replace(op, activation=activation)
+
+
+def _projection(name: str, in_channels: int, filters: int, *, rewinds: bool) -> Op:
+    return Op(name=f"{name}/project", in_channels=in_channels, filters=filters, norm=False, rewinds=rewinds)
+
+
+def _antialias(row: FusedInvertedResidual | UniversalInverted, op: Op) -> tuple[Op, ...]:
+    """The convolution, if it has a kernel, and what takes its stride."""
+    if not op.kernel or op.stride == 1 or not row.antialias:
+        return (op,) if op.kernel else ()
+    pool = Op(name="pool", in_channels=op.filters, filters=op.filters, kernel=0, norm=False)
+    return replace(op, stride=1), replace(pool, stride=2, antialias=row.antialias)
+
+
+def _layer_scale(row: UniversalInverted | MultiQueryAttention) -> tuple[Op, ...]:
+    if not row.layer_scale:
+        return ()
+    op = Op(name="layer_scale", in_channels=row.filters, filters=row.filters, kernel=0, norm=False)
+    return (replace(op, scale=row.layer_scale),)
+
+
+def _check_row(row: Row, *kernels: int, least: int = 1) -> None:
+    if not isinstance(row, MultiQueryAttention):
+        check_choice("activation", row.activation, ACTIVATIONS)
+    if isinstance(row, FusedInvertedResidual | UniversalInverted):
+        check_choice("antialias", row.antialias, ANTIALIASES)
+    odd = all(k % 2 == 1 or k == least == 0 for k in kernels or (row.kernel,))
+    if row.filters < 1 or not odd or row.kernel < least or row.stride not in (1, 2) or row.dilation < 1:
         raise ValueError(f"impossible row {row}: filters >= 1, odd kernel, stride 1 or 2, dilation >= 1 are valid")
 
 
@@ -242,8 +393,9 @@ class Spec:
     stem: Conv
     blocks: tuple[Row, ...]
     head: Conv | None
-    hidden: int = 0  # units of the biased layer between pooling and classifier; 0: none
+    hidden: int = 0  # units of the layer between pooling and classifier; 0: none
     hidden_activation: str = "linear"
+    hidden_norm: bool = False  # V4: batch norm behind the hidden layer instead of its bias
     num_classes: int = 1000  # 0: no classifier
     in_channels: int = 3
     padding: str = "same"
@@ -283,19 +435,11 @@ class Spec:
         channels = (self.head or self.blocks[-1]).filters
         ops = []
         if self.hidden:
-            hidden = Op(name="hidden", in_channels=channels, filters=self.hidden, norm=False, pooled=True)
-            ops.append(replace(hidden, activation=self.hidden_activation))
+            hidden = _dense("hidden", channels, self.hidden, self.hidden_activation)
+            ops.append(replace(hidden, norm=self.hidden_norm, bias=not self.hidden_norm))
             channels = self.hidden
         if self.num_classes:
-            ops.append(
-                Op(
-                    name="classifier",
-                    in_channels=channels,
-                    filters=self.num_classes,
-                    norm=False,
-                    pooled=True,
-                )
-            )
+            ops.append(_dense("classifier", channels, self.num_classes))
         return tuple(ops)
 
     def taps(self) -> dict[str, str]:
@@ -323,8 +467,12 @@ def _map_inverted(spec: Spec, option: str, change: Callable[[InvertedResidual], 
 
 
 def with_activation(spec: Spec, activation: str) -> Spec:
-    """One activation wherever the table has one; linear projections and squeeze-excite stay."""
-    spec = map_rows(spec, lambda row: replace(row, activation=activation))
+    """One activation wherever the table has one; linear projections, squeeze-excite and attention stay."""
+
+    def change(row: Row) -> Row:
+        return row if isinstance(row, MultiQueryAttention) else replace(row, activation=activation)
+
+    spec = map_rows(spec, change)
     return replace(spec, hidden_activation=activation) if spec.hidden else spec
 
 
@@ -409,7 +557,7 @@ def with_stride_one(spec: Spec, which: tuple[int, ...]) -> Spec:
 
 
 def _without_stride(row: Row, **changes: int) -> Row:
-    if isinstance(row, InvertedResidual):
+    if isinstance(row, Residual):
         # A row that had no residual because of its stride does not gain one.
         return replace(row, stride=1, skip=False, **changes)
     return replace(row, stride=1, **changes)
@@ -427,8 +575,7 @@ def with_output_stride(spec: Spec, output_stride: int) -> Spec:
             blocks.append(_without_stride(row, dilation=dilation))
             dilation *= 2
         else:
-            # A 1x1 kernel has nothing to dilate.
-            blocks.append(replace(row, dilation=dilation if row.kernel > 1 else 1))
+            blocks.append(replace(row, dilation=dilation))
             stride *= row.stride
     return replace(spec, blocks=tuple(blocks))
 

@@ -1,7 +1,7 @@
 """MobileNet V1: 1704.04861, Table 1, and its width rules."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mobilenet_jax.models.spec import Conv, Separable, Spec, make_divisible
 
@@ -58,3 +58,9 @@ def mobilenet_v1(*, width: float, convention: str) -> Spec:
         dropout=1e-3,  # slim's keep_prob .999; Keras' default
         classifier_is_conv=convention == "keras",
     )
+
+
+def mobilenet_v1_headconv(*, width: float, convention: str) -> Spec:
+    """timm's `mobilenetv1_100h`: V1 with a last 1x1 of 1024 channels or, above width 1, more."""
+    head = Conv(filters=max(1024, make_divisible(1024 * width)), kernel=1)
+    return replace(mobilenet_v1(width=width, convention=convention), name="mobilenet_v1_headconv", head=head)

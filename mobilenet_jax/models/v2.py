@@ -1,5 +1,6 @@
 """MobileNet V2: 1801.04381, Table 2, and its width rule."""
 
+import math
 from dataclasses import dataclass
 
 from mobilenet_jax.models.spec import Conv, InvertedResidual, Spec, make_divisible
@@ -28,20 +29,22 @@ TABLE = (
 HEAD = 1280
 
 
-def mobilenet_v2(*, width: float, convention: str) -> Spec:
+def mobilenet_v2(*, width: float, convention: str, depth: float = 1.0) -> Spec:
     """V2 at a width: outputs are scaled and rounded, expansions are `t` times the scaled input.
 
-    The last 1x1 is never narrower than 1280 (1801.04381 sec. 6.1: multipliers below 1 spare the last layer).
+    The last 1x1 is never narrower than 1280 (1801.04381 sec. 6.1: multipliers below 1 spare the last layer). With a
+    `depth`, repeats are multiplied in all lines of the table but the first and the last, and stem and last 1x1 are
+    those of width 1: timm's `mobilenetv2_110d` (1.1, 1.2) and `120d` (1.2, 1.4).
     """
 
     def scale(channels: int) -> int:
         # Keras truncates before it rounds (keras/applications/mobilenet_v2.py: `int(filters * alpha)`).
         return make_divisible(int(channels * width) if convention == "keras" else channels * width)
 
-    stem = make_divisible(STEM * width)
+    stem = STEM if depth > 1 else make_divisible(STEM * width)
     blocks, channels = [], stem
     for row in TABLE:
-        for i in range(row.n):
+        for i in range(row.n if row in (TABLE[0], TABLE[-1]) else math.ceil(row.n * depth)):
             block = InvertedResidual(
                 expanded=row.t * channels,
                 expands=row.t != 1,
@@ -52,10 +55,10 @@ def mobilenet_v2(*, width: float, convention: str) -> Spec:
             channels = block.filters
     same = convention in ("keras", "timm_tf")
     return Spec(
-        name="mobilenet_v2",
+        name="mobilenet_v2" if depth == 1 else f"mobilenet_v2_deep_x{depth:g}",
         stem=Conv(filters=stem, stride=2),
         blocks=tuple(blocks),
-        head=Conv(filters=make_divisible(HEAD * max(1.0, width)), kernel=1),
+        head=Conv(filters=HEAD if depth > 1 else make_divisible(HEAD * max(1.0, width)), kernel=1),
         padding="same" if same else "symmetric",
         bn_epsilon=1e-3 if same else 1e-5,
         bn_decay=0.999 if convention == "keras" else 0.9,

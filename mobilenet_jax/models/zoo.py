@@ -1,19 +1,29 @@
-"""Every architecture by name, JAX-free: the one dict that configs, commands and `create_model` read."""
+"""Every architecture by name, JAX-free: the one dict that configs, commands and `create_model` read.
 
+Not built, of timm's relatives: `mobilenetv3_large_150d` (its repeats are scaled by stage, the last 1x1 too) and
+`mobilenetv3_rw` (another squeeze-excite, a head without bias).
+"""
+
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from mobilenet_jax.models import v1, v2, v3
+from mobilenet_jax.models import edgetpu, v1, v2, v3, v4
 from mobilenet_jax.models.spec import Spec, apply_options, check_choice
 
 MODELS: dict[str, Callable[..., Spec]] = {
     "mobilenet_v1": v1.mobilenet_v1,
+    "mobilenet_v1_headconv": v1.mobilenet_v1_headconv,
     "mobilenet_v2": v2.mobilenet_v2,
+    "mobilenet_v2_deep_x1.2": functools.partial(v2.mobilenet_v2, depth=1.2),
+    "mobilenet_v2_deep_x1.4": functools.partial(v2.mobilenet_v2, depth=1.4),
     "mobilenet_v3_large": v3.mobilenet_v3_large,
     "mobilenet_v3_small": v3.mobilenet_v3_small,
     "mobilenet_v3_large_minimalistic": v3.mobilenet_v3_large_minimalistic,
     "mobilenet_v3_small_minimalistic": v3.mobilenet_v3_small_minimalistic,
+    **{f"mobilenet_v4_{size}": functools.partial(v4.mobilenet_v4, size) for size in v4.TABLES},
+    **{f"mobilenet_{size}": functools.partial(edgetpu.mobilenet_edgetpu, size) for size in edgetpu.TABLES},
 }
 CONVENTIONS = ("keras", "timm", "timm_tf", "torchvision")
 
