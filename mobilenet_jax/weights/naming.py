@@ -16,7 +16,7 @@ from mobilenet_jax.weights.card import Preprocessing
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Multipliers that some framework publishes weights for; others are searched between the ends.
-_WIDTHS = (1.0, 0.75, 0.5, 0.35, 0.25, 1.25, 1.3, 1.4, 1.5, 2.0)
+_WIDTHS = (1.0, 0.75, 0.5, 0.35, 0.25, 1.1, 1.2, 1.25, 1.3, 1.4, 1.5, 2.0)
 _WIDTH_RANGE = (1 / 32, 8.0)
 _NAME = re.compile(r"(?P<model>\w+?)(?:_(?P<percent>\d{3}))?(?:\.(?P<tag>\w+))?")
 
@@ -29,6 +29,7 @@ class Entry:
     model: str  # ours
     convention: str
     preprocessing: Preprocessing
+    width: float | None = None  # what the bare name stands for
 
 
 @dataclass(frozen=True)
@@ -73,20 +74,21 @@ class Naming:
     name_layers: Callable[[Spec], dict[str, tuple[str, str]]]
     leaves: Mapping[str, str]  # what follows the layer's name: of kernel, bias, norm/scale, norm/mean, ...
     layout: Layout
-    percent: bool  # whether names end in the width, as _050
+    percent: bool  # whether names end in the width, as _050, unless it is the entry's
 
     def name_entry(self, entry: Entry, width: float) -> str:
         """The name by which `select` finds the entry."""
-        return f"{self.framework}/{entry.name}" + (f"_{100 * width:03.0f}" if self.percent else "")
+        suffix = f"_{100 * width:03.0f}" if self.percent and width != entry.width else ""
+        return f"{self.framework}/{entry.name}{suffix}"
 
     def select(self, name: str) -> tuple[list[Entry], float | None]:
         """The entries of a name without its framework, and the width if the name says it; WeightsError for no entry."""
         found = _NAME.fullmatch(name)
         entries = [entry for entry in self.entries if found and entry.name == found["model"]]
         if not entries or not found:
-            known = ", ".join(dict.fromkeys(self.name_entry(entry, 1.0) for entry in self.entries))
+            known = ", ".join(dict.fromkeys(self.name_entry(entry, entry.width or 1.0) for entry in self.entries))
             raise WeightsError(f"{self.framework} has no model {name!r} that is known here; valid: {known}")
-        return entries, int(found["percent"]) / 100 if found["percent"] else None
+        return entries, int(found["percent"]) / 100 if found["percent"] else entries[0].width
 
     def list_slots(self, spec: Spec) -> dict[str, Slot]:
         """Tensor's name -> slot, for every variable of the network, in the order the layers run."""
@@ -128,7 +130,7 @@ def identify(naming: Naming, shapes: Shapes, *, name: str | None, source: str) -
     Raises:
       WeightsError: tensors that no network has, or that several have; the message names them.
     """
-    entries, width = naming.select(name) if name else (list(naming.entries), None)
+    entries, width = naming.select(name) if name else (_find_closest(naming, shapes), None)
     fits, closest = [], (math.inf, "")
     for entry in entries:
         for match in _candidates(naming, entry, shapes, width):
@@ -147,6 +149,17 @@ def identify(naming: Naming, shapes: Shapes, *, name: str | None, source: str) -
     return fits[0]
 
 
+def _find_closest(naming: Naming, shapes: Shapes) -> list[Entry]:
+    """The entries, several if they have the same tensors, whose names are most of the file's."""
+
+    def count_strangers(entry: Entry) -> int:
+        spec = make_spec(entry.model, width=entry.width or 1.0, convention=entry.convention)
+        return len(naming.list_slots(_fit_tail(naming, spec, shapes)).keys() ^ shapes.keys())
+
+    counts = [count_strangers(entry) for entry in naming.entries]
+    return [entry for entry, count in zip(naming.entries, counts, strict=True) if count == min(counts)]
+
+
 def _candidates(naming: Naming, entry: Entry, shapes: Shapes, width: float | None) -> Iterator[Match]:
     """The entry's network with the file's classifier at the width, or the published widths and the one that fits."""
 
@@ -155,7 +168,10 @@ def _candidates(naming: Naming, entry: Entry, shapes: Shapes, width: float | Non
 
     widths = [width] if width else itertools.chain(_WIDTHS, (_search_width(make, shapes) for _ in range(1)))
     for candidate in widths:
-        spec = make(candidate)
+        try:
+            spec = make(candidate)
+        except ValueError:  # groups that divide no channels of this width
+            continue
         yield Match(naming.name_entry(entry, candidate), entry, candidate, spec, naming.list_slots(spec))
 
 
@@ -188,7 +204,10 @@ def _search_width(make: Callable[[float], Spec], shapes: Shapes) -> float:
     middle = low
     for _ in range(40):
         middle = (low + high) / 2
-        count = sum(map(math.prod, variable_shapes(make(middle)).values()))
+        try:
+            count = sum(map(math.prod, variable_shapes(make(middle)).values()))
+        except ValueError:
+            break
         if count == target:
             break
         low, high = (middle, high) if count < target else (low, middle)
