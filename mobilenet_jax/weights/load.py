@@ -178,7 +178,9 @@ def _select_naming(shapes: Mapping[str, tuple[int, ...]], name: str | None, sour
         if framework not in NAMINGS or not model:
             raise WeightsError(f"name is {name!r}; valid: FRAMEWORK/MODEL, the framework of {', '.join(NAMINGS)}")
         return NAMINGS[framework], model
-    for start, naming in (("features.", TORCHVISION), ("blocks.", TIMM), ("block", KERAS), ("conv", KERAS)):
+    if shapes and all("/" in n for n in shapes):
+        return KERAS, None
+    for start, naming in (("features.", TORCHVISION), ("blocks.", TIMM)):
         if any(n.startswith(start) for n in shapes):
             return naming, None
     known, some = ", ".join(NAMINGS), ", ".join(list(shapes)[:4]) or "none"

@@ -144,7 +144,7 @@ def identify(naming: Naming, shapes: Shapes, *, name: str | None, source: str) -
     if len(fits) > 1:
         raise WeightsError(
             f"{source} may be {' or '.join(match.name for match in fits)}: their tensors are the same, "
-            "padding and batch norm's epsilon are not; give the name of one"
+            "padding, batch norm's epsilon or fixed filters are not; give the name of one"
         )
     return fits[0]
 
@@ -166,7 +166,7 @@ def _candidates(naming: Naming, entry: Entry, shapes: Shapes, width: float | Non
     def make(width: float) -> Spec:
         return _fit_tail(naming, make_spec(entry.model, width=width, convention=entry.convention), shapes)
 
-    widths = [width] if width else itertools.chain(_WIDTHS, (_search_width(make, shapes) for _ in range(1)))
+    widths = [width] if width else itertools.chain(_WIDTHS, (_search_width(naming, make, shapes) for _ in range(1)))
     for candidate in widths:
         try:
             spec = make(candidate)
@@ -197,21 +197,22 @@ def _fit_tail(naming: Naming, spec: Spec, shapes: Shapes) -> Spec:
     return replace(spec, num_classes=0, hidden=spec.hidden if kernels["hidden"] in shapes else 0)
 
 
-def _search_width(make: Callable[[float], Spec], shapes: Shapes) -> float:
-    """The width at which the network has as many elements as the file, by bisection: no channel shrinks with width."""
-    target = sum(map(math.prod, shapes.values()))
-    low, high = _WIDTH_RANGE
-    middle = low
-    for _ in range(40):
-        middle = (low + high) / 2
+def _search_width(naming: Naming, make: Callable[[float], Spec], shapes: Shapes) -> float:
+    """The width at which the network's tensors have as many elements as the file's, by bisection: none shrinks."""
+
+    def exceed(width: float) -> int:
         try:
-            count = sum(map(math.prod, variable_shapes(make(middle)).values()))
-        except ValueError:
-            break
-        if count == target:
-            break
-        low, high = (middle, high) if count < target else (low, middle)
-    return middle
+            slots = naming.list_slots(make(width))
+        except ValueError:  # groups that divide no channels of this width
+            return -1
+        return sum(math.prod(slots[name].shape) - math.prod(shapes[name]) for name in slots.keys() & shapes.keys())
+
+    low, high = _WIDTH_RANGE
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if exceed(middle) < 0 else (low, middle)
+    # Many widths are the same network: the roundest of them.
+    return next((round(high, digits) for digits in (1, 2, 3) if not exceed(round(high, digits))), high)
 
 
 def compare(expected: Shapes, found: Shapes) -> tuple[int, str]:
