@@ -5,6 +5,10 @@ Tensors are called LAYER/kernel, bias, gamma, beta, moving_mean, moving_variance
 
 import io
 import math
+import os
+import resource
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,14 +21,46 @@ from mobilenet_jax.weights import WeightsError
 _NORM = ("gamma", "beta", "moving_mean", "moving_variance")
 _GROUPS_LIMIT = 5_000  # a MobileNet has some 300 layers
 _ATTRIBUTE_LIMIT = 1_000_000  # bytes
+_MEMORY = 250_000_000  # bytes of address space beside those of the file; Python with h5py takes 120,000,000
+_SECONDS = 60
 _WEIGHTS_MEMBER = "model.weights.h5"
 
 
 def read_hdf5(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a Keras file, in the order of the layers where the file has one.
 
+    HDF5's library allocates whatever a length in the file says, and has been made to crash by others: it reads in a
+    process of its own, of bounded memory and time.
+
     Raises WeightsError for a file of another kind or with parts elsewhere.
     """
+    command = [sys.executable, "-m", __name__, str(path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise WeightsError(f"HDF5's library did not come to an end with it in {_SECONDS} s") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise WeightsError(said[-1] if said else f"HDF5's library crashed on it, with code {done.returncode}")
+    with np.load(io.BytesIO(done.stdout)) as arrays:
+        return dict(arrays)
+
+
+def _main(path: Path) -> None:
+    """Write the tensors to standard output as .npz, or say in a line why not."""
+    limit = _MEMORY + 4 * path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        tensors = _read(path)
+    except WeightsError as error:
+        sys.exit(str(error))
+    except Exception as error:  # whatever h5py and zipfile make of a damaged file
+        sys.exit(f"it is damaged or no file of Keras: {(str(error) or type(error).__name__).splitlines()[0][:200]}")
+    np.savez(sys.stdout.buffer, allow_pickle=False, **tensors)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
     source = _open_zip(path) if zipfile.is_zipfile(path) else path
     with h5py.File(source, "r") as file:
         reader = _Reader(path.stat().st_size)
@@ -117,3 +153,7 @@ def _normalise(name: str) -> str:
     """Keras 3's name of a tensor: older V3 files have expanded_conv/expand/BatchNorm."""
     layer, leaf = name.rsplit("/", 1)
     return f"{layer.lower().replace('/', '_').replace('batchnorm', 'bn')}/{leaf}"
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

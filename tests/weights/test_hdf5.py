@@ -1,3 +1,5 @@
+import resource
+import struct
 import zipfile
 
 import h5py
@@ -5,7 +7,7 @@ import numpy as np
 import pytest
 
 from mobilenet_jax.models.zoo import make_spec
-from mobilenet_jax.weights import WeightsError
+from mobilenet_jax.weights import WeightsError, hdf5
 from mobilenet_jax.weights.keras_names import KERAS
 from mobilenet_jax.weights.load import load_weights, read_tensors
 
@@ -125,6 +127,32 @@ def test_arrays_larger_than_the_file_are_never_read(tmp_path):
         archive.writestr("model.weights.h5", bytes(10_000_000))
     with pytest.raises(WeightsError, match="is larger than the file"):
         read_tensors(tmp_path / "w.keras")
+
+
+def test_a_length_that_hdf5_would_believe_takes_no_memory(tmp_path):
+    path = tmp_path / "w.weights.h5"
+    write_keras_3(path, {"a_name_of_27_characters____": [ONES]})
+    data = path.read_bytes()
+    descriptor = struct.pack("<IQ", 27, data.index(b"GCOL"))  # of the string: its length, and the heap it is in
+    assert data.count(descriptor) == 1
+    path.write_bytes(data.replace(descriptor, struct.pack("<IQ", 4_000_000_000, data.index(b"GCOL"))))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    with pytest.raises(WeightsError, match=r"w\.weights\.h5 cannot be read: it is damaged or no file of Keras"):
+        read_tensors(path)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < max(before + 1, 300_000)  # kB
+
+
+def test_a_crash_and_a_hang_of_the_library_are_a_sentence(tmp_path, monkeypatch):
+    write_keras_3(tmp_path / "w.h5", {"a": [ONES]})
+    monkeypatch.setattr(hdf5.sys, "executable", "/bin/false")
+    with pytest.raises(WeightsError, match="HDF5's library crashed on it, with code 1"):
+        read_tensors(tmp_path / "w.h5")
+    (tmp_path / "sleeps").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "sleeps").chmod(0o755)
+    monkeypatch.setattr(hdf5.sys, "executable", str(tmp_path / "sleeps"))
+    monkeypatch.setattr(hdf5, "_SECONDS", 0.2)
+    with pytest.raises(WeightsError, match=r"did not come to an end with it in 0\.2 s"):
+        read_tensors(tmp_path / "w.h5")
 
 
 def test_hdf5_of_something_else_is_refused(tmp_path):

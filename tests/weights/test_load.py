@@ -358,10 +358,11 @@ def test_mutated_files_load_or_are_refused_in_a_sentence(reference, tiny, tmp_pa
         save_weights(source, *tiny[1:])
     data, path = source.read_bytes(), tmp_path / f"mutated{source.suffix}"
     outcomes = []
-    for i in range(25):
+    count = 25 if source.suffix in (".pth", ".safetensors") else 10  # HDF5 is read in a process of its own
+    for i in range(count):
         path.write_bytes(mutate(data, random.Random(f"{file} {i}")))
         outcomes.append(try_file(path))
-    assert outcomes.count("refused") > 10
+    assert outcomes.count("refused") > count / 3
 
 
 def test_nothing_is_read_as_a_run_that_is_damaged(tmp_path):
