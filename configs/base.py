@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.remat = False  # recompute the blocks in the backward pass: less memory, about a third more time
     model.stride_one = ()  # which stride-2 rows, counted from the stem (0), run at stride 1: small images
     model.output_stride = placeholder(int)  # 8 | 16 | 32: later strides become dilations; none: as the table
-    model.activation = placeholder(str)  # relu | relu6 | hard_swish everywhere; none: as the table has it
+    model.activation = placeholder(str)  # relu | relu6 | hard_swish | gelu everywhere; none: as the table has it
     model.projection_activation = placeholder(str)  # linear | relu6; none: linear, the paper's bottleneck
     model.shortcut = placeholder(str)  # bottleneck | expansion | none (the string); unset: bottleneck
     model.expansion = placeholder(float)  # expansion factor of every row that expands; none: the table's
@@ -40,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.init = "he"  # he (torchvision, timm) | slim (truncated normal)
     model.dropout = 0.2  # share of the classifier's input dropped
     model.drop_path = 0.0  # stochastic depth: drop rate of the last residual block, rising linearly
+    model.drop_path_flat = False  # the same drop rate for every residual block instead
     model.bn_decay = 0.9  # share of the running statistics kept at each step
     model.bn_epsilon = placeholder(float)  # none: the convention's
 

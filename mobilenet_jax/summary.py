@@ -1,15 +1,18 @@
 """What a MobileNet costs, row by row: `python -m mobilenet_jax.summary mobilenet_v2 --width=0.5`.
 
+With `--diff A B`, where two networks differ, each given as MODEL or MODEL:CONVENTION.
+
 All numbers are arithmetic on the architecture's table; JAX is not imported.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 
 from mobilenet_jax.models.cost import Cost, compute_cost
-from mobilenet_jax.models.spec import Spec
+from mobilenet_jax.models.spec import Spec, to_json
 from mobilenet_jax.models.zoo import CONVENTIONS, MODELS, make_spec
 
 _BYTES = 4  # float32
@@ -66,6 +69,52 @@ def format_totals(summary: dict) -> str:
     return "\n".join(f"{name:<28}{text}" for name, text in rows)
 
 
+def diff_specs(left: Spec, right: Spec, image_size: int) -> list[dict]:
+    """Where two networks differ: a dict of row ("" for the whole network), field, left and right, in order.
+
+    A field that one of them lacks is None there. Rows are paired by name.
+    """
+    tables = [_describe_rows(spec, image_size) for spec in (left, right)]
+    found = []
+    for row in dict.fromkeys((*tables[0], *tables[1])):
+        fields = [table.get(row, {}) for table in tables]
+        for field in dict.fromkeys((*fields[0], *fields[1])):
+            a, b = (f.get(field) for f in fields)
+            if a != b:
+                found.append({"row": row, "field": field, "left": a, "right": b})
+    return found
+
+
+def _describe_rows(spec: Spec, image_size: int) -> dict[str, dict]:
+    """Row -> what there is to compare: the totals and the spec's fields under "", then each row's with its costs."""
+    data, cost, totals = to_json(spec), compute_cost(spec, image_size), make_summary(spec, image_size)
+    described = {row.pop("name"): row for row in data.pop("rows")}
+    for row, group in groupby(cost.ops, key=lambda c: c.row):
+        ops = list(group)
+        costs = {"params": sum(c.op.params for c in ops), "madds": sum(c.madds for c in ops)}
+        described[row] = {**described.get(row, {}), **costs}
+    del totals["model"], totals["channels"]
+    return {"": {**totals, **data}, **described}
+
+
+def format_diff(differences: list[dict], names: Sequence[str]) -> str:
+    """A line a difference under the names of the two."""
+    lines = [["row", "field", *names]]
+    for d in differences:
+        lines.append([d["row"] or "network", d["field"], _format_value(d["left"]), _format_value(d["right"])])
+    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("".join(line).rstrip() for line in padded)
+
+
+def _format_value(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={entry}" for key, entry in value.items())
+    if value is None or isinstance(value, bool | str):
+        return "-" if value in (None, "") else str(value)
+    return f"{value:,}"
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m mobilenet_jax.summary", description="What a MobileNet costs, row by row."
@@ -76,11 +125,28 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_classes", type=int, default=1000, help="0: without the classifier")
     parser.add_argument("--convention", default="keras", help=", ".join(CONVENTIONS))
     parser.add_argument("--json", action="store_true", help="print the totals as JSON")
+    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="where two of MODEL or MODEL:CONVENTION differ")
     parser.add_argument("--list", action="store_true", help="print the names of the models")
     args = parser.parse_args(argv)
-    if args.model is None and not args.list:
+    if args.model is None and not (args.list or args.diff):
         parser.error(f"which model? valid: {', '.join(MODELS)}")
     return args
+
+
+def _make_spec(name: str, args: argparse.Namespace) -> Spec:
+    """The network MODEL or MODEL:CONVENTION at the width and classes of the command line."""
+    model, _, convention = name.partition(":")
+    convention = convention or args.convention
+    return make_spec(model, width=args.width, num_classes=args.num_classes, convention=convention)
+
+
+def _print_diff(args: argparse.Namespace) -> None:
+    left, right = (_make_spec(name, args) for name in args.diff)
+    differences = diff_specs(left, right, args.resolution)
+    if args.json:
+        print(json.dumps(differences))
+    else:
+        print(format_diff(differences, args.diff) if differences else "no difference")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,6 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(MODELS))
         return 0
     try:
+        if args.diff:
+            _print_diff(args)
+            return 0
         spec = make_spec(args.model, width=args.width, num_classes=args.num_classes, convention=args.convention)
         summary = make_summary(spec, args.resolution)
     except ValueError as error:

@@ -25,8 +25,8 @@ def get_config(recipe: str, dataset: str) -> Any:
     return importlib.import_module(f"configs.{recipe}").get_config(dataset)
 
 
-def test_the_recipes_are_those_of_three_papers():
-    assert RECIPES == ["v1", "v2", "v3_large", "v3_small"]
+def test_the_recipes_are_those_of_four_papers():
+    assert RECIPES == ["v1", "v2", "v3_large", "v3_small", "v4"]
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -45,6 +45,8 @@ def test_recipe_has_exactly_the_documented_keys(recipe, dataset):
 def test_unknown_variant_is_refused():
     with pytest.raises(ValueError, match=r"no variant 'foo'; valid: digits, fashion_mnist, .*imagenet"):
         get_config("v2", "foo")
+    with pytest.raises(ValueError, match=r"no size 'huge'; valid: conv_small, conv_medium, .*hybrid_large"):
+        get_config("v4", "huge,digits")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -55,8 +57,8 @@ def test_bare_path_is_digits(recipe):
 def test_recipes_load_in_milliseconds_and_touch_no_device():
     code = (
         "import sys, time, ml_collections; start = time.perf_counter()\n"
-        "from configs import v1, v2, v3_large, v3_small\n"
-        "for file in (v1, v2, v3_large, v3_small): file.get_config('imagenet')\n"
+        "from configs import v1, v2, v3_large, v3_small, v4\n"
+        "for file in (v1, v2, v3_large, v3_small, v4): file.get_config('imagenet')\n"
         "print(time.perf_counter() - start, 'jax' in sys.modules or 'mobilenet_jax' in sys.modules)"
     )
     runs = [
@@ -139,6 +141,59 @@ CITED = {
         ("V3 slim README", "augment, smoothing", "LS .1", ("train.label_smoothing", 0.1)),
         ("V3-S TF official", "epochs", "1000", ("train.epochs", 1000.0)),
     ],
+    "v4:conv_small": [
+        ("V4 Conv-S TF", "optimizer", "AdamW beta1 .6 eps 1e-6", ("optim.beta1", 0.6)),
+        ("V4 Conv-S TF", "optimizer", "AdamW beta1 .6 eps 1e-6", ("optim.epsilon", 1e-6)),
+        ("V4 Conv-S TF", "LR, schedule", ".002 cosine", ("optim.lr_per_256", 0.002 * 256 / 4096)),
+        ("V4 Conv-S TF", "warmup", "5 ep", ("optim.warmup_epochs", 5.0)),
+        ("V4 Conv-S TF", "WD", r".01 .\+L2 1e-5", ("optim.weight_decay", 0.01)),
+        ("V4 Conv-S TF", "WD", r".01 .\+L2 1e-5", ("optim.l2", 1e-5)),
+        ("V4 Conv-S TF", "EMA", ".9999", ("ema.decay", 0.9999)),
+        ("V4 Conv-S TF", "batch", "4096", ("data.batch_size", 4096)),
+        ("V4 Conv-S TF", "epochs", "9,623", ("train.epochs", 9623.0)),
+        ("V4 Conv-S TF", "augment, smoothing", "m9 p.5, LS .1", ("data.randaugment_magnitude", 9)),
+        ("V4 Conv-S TF", "augment, smoothing", "m9 p.5, LS .1", ("data.randaugment_probability", 0.5)),
+        ("V4 Conv-S TF", "dropout", "^.3", ("model.dropout", 0.3)),
+        ("V4 Conv-S TF", "BN decay / eps", ".95 / 1e-6", ("model.bn_decay", 0.95)),
+        ("V4 Conv-S TF", "BN decay / eps", ".95 / 1e-6", ("model.bn_epsilon", 1e-6)),
+    ],
+    "v4:conv_medium": [
+        ("V4 Conv-M", "LR, schedule", ".004 cosine", ("optim.lr_per_256", 0.004 * 256 / 4096)),
+        ("V4 Conv-M", "warmup", "5 ep", ("optim.warmup_epochs", 5.0)),
+        ("V4 Conv-M", "WD", "^.1$", ("optim.weight_decay", 0.1)),
+        ("V4 Conv-M", "batch", "4096", ("data.batch_size", 4096)),
+        ("V4 Conv-M", "epochs", "500 @256", ("data.image_size", 256)),
+        ("V4 Conv-M", "augment, smoothing", "p.7, LS .1", ("data.randaugment_probability", 0.7)),
+        ("V4 Conv-M", "dropout", "drop path .075", ("model.drop_path", 0.075)),
+        ("V4 Conv-M", "BN decay / eps", ".997 / 1e-3", ("model.bn_decay", 0.997)),
+    ],
+    "v4:conv_large": [
+        ("V4 Conv-L", "LR, schedule", ".004 cosine", ("optim.lr_per_256", 0.004 * 256 / 16384)),
+        ("V4 Conv-L", "warmup", "1560 steps .20 ep", ("optim.warmup_epochs", 20.0)),
+        ("V4 Conv-L", "WD", "^.2$", ("optim.weight_decay", 0.2)),
+        ("V4 Conv-L", "batch", "16384", ("data.batch_size", 16384)),
+        ("V4 Conv-L", "epochs", "500 @384", ("data.image_size", 384)),
+        ("V4 Conv-L", "augment, smoothing", "mixup .8/cutmix 1 p.2", ("data.mixup", 0.8)),
+        ("V4 Conv-L", "augment, smoothing", "mixup .8/cutmix 1 p.2", ("data.mix_probability", 0.2)),
+        ("V4 Conv-L", "dropout", "dp .2 flat", ("model.drop_path", 0.2)),
+        ("V4 Conv-L", "dropout", "dp .2 flat", ("model.drop_path_flat", True)),
+    ],
+    "v4:hybrid_medium": [
+        ("V4 Hyb-M / L", "LR, schedule", "^.016", ("optim.lr_per_256", 0.016 * 256 / 16384)),
+        ("V4 Hyb-M / L", "WD", "^.1 /", ("optim.weight_decay", 0.1)),
+        ("V4 Hyb-M / L", "epochs", "39k steps @256", ("data.image_size", 256)),
+        ("V4 Hyb-M / L", "augment, smoothing", "p.7", ("data.randaugment_probability", 0.7)),
+        ("V4 Hyb-M / L", "dropout", "dp .075 /", ("model.drop_path", 0.075)),
+        ("V4 Hyb-M / L", "EMA", "none", ("ema.decay", 0.0)),
+    ],
+    "v4:hybrid_large": [
+        ("V4 Hyb-M / L", "LR, schedule", "/ .01 cosine", ("optim.lr_per_256", 0.01 * 256 / 16384)),
+        ("V4 Hyb-M / L", "WD", "/ .2$", ("optim.weight_decay", 0.2)),
+        ("V4 Hyb-M / L", "epochs", "L @384", ("data.image_size", 384)),
+        ("V4 Hyb-M / L", "augment, smoothing", "mix p.3", ("data.mix_probability", 0.3)),
+        ("V4 Hyb-M / L", "dropout", "/ .35", ("model.drop_path", 0.35)),
+        ("V4 Hyb-M / L", "BN decay / eps", ".997", ("model.bn_decay", 0.997)),
+    ],
 }
 
 
@@ -148,19 +203,35 @@ def test_imagenet_recipe_agrees_with_the_rows_it_cites(recipe, reference):
     table = [line.replace("**", "").strip("| ").split(" | ") for line in lines if line.count(" | ") > 9]
     header = next(row for row in table if row[0] == "recipe")
     columns = {name.split(" (")[0]: i for i, name in enumerate(header)}
-    flat = flatten_config(get_config(recipe, "imagenet"))
-    source = (ROOT / "configs" / f"{recipe}.py").read_text()
+    file, _, size = recipe.partition(":")
+    flat = flatten_config(get_config(file, f"{size},imagenet" if size else "imagenet"))
+    source = (ROOT / "configs" / f"{file}.py").read_text()
     for name, column, pattern, (key, value) in CITED[recipe]:
         row = next(row for row in table if row[0].startswith(name))
         assert re.search(pattern, row[columns[column]]), (name, column)
         assert flat[key] == pytest.approx(value), key
         assert f'"{name}"' in source, name
-    assert flat["model.bn_epsilon"] == 1e-3
+    if size != "conv_small":
+        assert flat["model.bn_epsilon"] == 1e-3
 
 
 def test_v2_learning_rate_is_that_of_a_worker():
     optim = get_config("v2", "imagenet").optim
     assert optim.lr_per_256 * 96 / 256 == pytest.approx(0.045)  # 1801.04381 sec. 6.1
+
+
+def test_hybrid_v4_on_digits_takes_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    config = get_config("v4", "hybrid_medium,digits")
+    assert config.name == "mobilenet_v4_hybrid_medium_digits"
+    config.model.width = 0.25
+    config.model.lowering = "plain"  # compiles faster
+    config.data.batch_size = 16
+    config.train.steps = 3
+    config.train.log_every_steps = 1
+    result = train_and_evaluate(config, tmp_path)
+    assert (result["step"], result["count"]) == (3, 360)
+    assert math.isfinite(result["loss"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

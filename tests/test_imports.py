@@ -24,7 +24,8 @@ ALLOWED = {
         "models.spec",
         "models.zoo",
     },
-    "models.blocks": {"models.layers", "models.spec"},
+    "models.blocks": {"models.attention", "models.layers", "models.spec"},
+    "models.attention": set(),
     "models.layers": {"models.depthwise", "models.init", "models.spec"},
     "models.depthwise": {"models.spec"},
     "models.init": {"models.spec"},
@@ -32,7 +33,9 @@ ALLOWED = {
     "models.v1": {"models.spec"},
     "models.v2": {"models.spec"},
     "models.v3": {"models.spec"},
-    "models.zoo": {"models.spec", "models.v1", "models.v2", "models.v3"},
+    "models.v4": {"models.spec"},
+    "models.edgetpu": {"models.spec"},
+    "models.zoo": {"models.edgetpu", "models.spec", "models.v1", "models.v2", "models.v3", "models.v4"},
     "models.cost": {"models.spec"},
     "summary": {"models.cost", "models.spec", "models.zoo"},
     "convert": {"weights.load", "weights.save"},
@@ -44,7 +47,8 @@ ALLOWED = {
     "weights.hdf5": {"weights"},
     "weights.fetch": {"weights", "weights.card"},
 }
-WITHOUT_JAX = ["models.spec", "models.v1", "models.v2", "models.v3", "models.zoo", "models.cost", "summary"]
+TABLES = ["models.v1", "models.v2", "models.v3", "models.v4", "models.edgetpu"]
+WITHOUT_JAX = ["models.spec", *TABLES, "models.zoo", "models.cost", "summary"]
 
 
 def list_imports(name: str) -> set[str]:

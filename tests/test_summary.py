@@ -123,6 +123,10 @@ def test_list(capsys):
     [
         (["mobilenet_v5"], f"model name is 'mobilenet_v5'; valid: {', '.join(MODELS)}"),
         (
+            ["--diff", "mobilenet_v2", "mobilenet_v2:torch"],
+            "convention is 'torch'; valid: keras, timm, timm_tf, torchvision",
+        ),
+        (
             ["mobilenet_v2", "--convention=torch"],
             "convention is 'torch'; valid: keras, timm, timm_tf, torchvision",
         ),
@@ -136,6 +140,44 @@ def test_list(capsys):
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(capsys, argv, message):
     assert _run(capsys, *argv) == (2, "", message + "\n")
+
+
+def test_diff_names_what_two_conventions_build_differently(capsys):
+    argv = ("--diff", "mobilenet_v2:keras", "mobilenet_v2:torchvision", "--json")
+    code, out, _ = _run(capsys, *argv)
+    found = {(d["row"], d["field"]): (d["left"], d["right"]) for d in json.loads(out)}
+    assert code == 0
+    assert found == {
+        ("", "padding"): ("same", "symmetric"),
+        ("", "bn_epsilon"): (1e-3, 1e-5),
+        ("", "bn_decay"): (0.999, 0.9),
+    }
+
+
+def test_trap_02_diff_shows_the_two_width_rules_row_by_row(capsys):
+    argv = ("--diff", "mobilenet_v3_large", "mobilenet_v3_large:torchvision", "--width=0.75")
+    code, out, _ = _run(capsys, *argv)
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert lines[0] == ["row", "field", "mobilenet_v3_large", "mobilenet_v3_large:torchvision"]
+    assert ["network", "params", "3,993,528", "3,377,576"] in lines
+    assert ["block_01", "expanded", "64", "48"] in lines
+    # What the rows differ by is what the networks differ by.
+    rows = [line for line in lines if line[1] == "params" and line[0] != "network"]
+    number = lambda text: int(text.replace(",", ""))  # noqa: E731
+    assert sum(number(left) - number(right) for _, _, left, right in rows) == 3_993_528 - 3_377_576
+    assert "stem" not in {line[0] for line in lines}  # 16 in both, at this width
+
+
+def test_diff_of_two_models_shows_rows_that_one_lacks(capsys):
+    _, out, _ = _run(capsys, "--diff", "mobilenet_v4_conv_small:timm", "mobilenet_v2:timm", "--json")
+    found = {(d["row"], d["field"]): (d["left"], d["right"]) for d in json.loads(out)}
+    assert found["block_04", "kind"] == ("UniversalInverted", "InvertedResidual")
+    assert found["block_04", "start"] == (5, None)
+    assert found["block_16", "kind"] == (None, "InvertedResidual")
+    assert found["hidden", "params"] == (960 * 1280 + 2 * 1280, None)
+    assert ("classifier", "params") not in found  # 1280 x 1000 in both
+    assert _run(capsys, "--diff", "mobilenet_v2", "mobilenet_v2:keras") == (0, "no difference\n", "")
 
 
 def test_no_model_is_a_usage_error(capsys):

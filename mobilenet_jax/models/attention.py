@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int) -> jax.Array:
-    """Multi-query attention (1911.02150 sec. 3; 2404.10518 eq. 1), softmax in float32.
+    """Multi-query attention (1911.02150 sec. 3), softmax in float32.
 
     Args:
       query: [B, H, W, heads * C], the channels of a head together.

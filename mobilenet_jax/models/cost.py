@@ -66,7 +66,7 @@ class Cost:
         for cost in self.ops:
             if cost.op.depthwise:
                 depthwise = cost
-            elif depthwise and not cost.op.pooled:
+            elif depthwise and cost.op.kernel and not cost.op.pooled:
                 full = replace(depthwise.op, depthwise=False, filters=cost.op.filters)
                 full_cost = OpCost(cost.row, full, depthwise.height, depthwise.width)
                 params += full.params - depthwise.op.params - cost.op.params
@@ -83,15 +83,16 @@ def compute_cost(spec: Spec, image_size: int | tuple[int, int]) -> Cost:
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     ops, memory, attention_madds = [], _Memory(elements=height * width * spec.in_channels), 0
     for name, row, channels in spec.rows():
-        attends, size = isinstance(row, MultiQueryAttention), (height, width)
-        memory.enter_row(residual=isinstance(row, Residual) and row.has_residual(channels), gathers=attends)
+        attention, size = row if isinstance(row, MultiQueryAttention) else None, (height, width)
+        residual = isinstance(row, Residual) and row.has_residual(channels)
+        memory.enter_row(residual=residual, gathers=attention is not None)
         for op in row.ops(channels):
             keys = height * width
             height, width = size if op.rewinds else (height, width)
-            if attends and op.name == "output/project":
+            if attention and op.name == "output/project":
                 queries = height * width
-                attention_madds += row.product_madds(queries, keys)
-                memory.attend(row.heads * queries * keys, queries * op.in_channels)
+                attention_madds += attention.product_madds(queries, keys)
+                memory.attend(attention.heads * queries * keys, queries * op.in_channels)
             if not op.pooled:
                 height, width = op.output_size(height, width, spec.padding)
             cost = OpCost(name, op, *((1, 1) if op.pooled else (height, width)))

@@ -75,7 +75,7 @@ class MobileNet(nn.Module):
             elif isinstance(row, Separable):
                 x = self._remat(Chain, (2,))(row.ops(channels), conv, norm, name=name)(x, running)
             else:
-                rate = spec.drop_path * i / len(spec.blocks)
+                rate = spec.drop_path * (1 if spec.drop_path_flat else i / len(spec.blocks))
                 block = self._remat(RESIDUAL_BLOCKS[type(row)], (3, 4))(
                     row, channels, spec.shortcut, rate, conv, norm, dense, name=name
                 )
@@ -132,8 +132,8 @@ def create_model(
     """The module `name` (see `zoo.MODELS`) at a width, as the framework of `convention` builds it.
 
     `options` are those of `spec.OPTIONS`: activation, projection_activation, shortcut, expansion, se_ratio,
-    se_rounding, se_gate, head_width, stride_one, output_stride, init, dropout, drop_path, bn_decay,
-    bn_epsilon. Raises ValueError, in one sentence with the valid values, for an unknown name or an impossible
+    se_rounding, se_gate, head_width, stride_one, output_stride, init, dropout, drop_path, drop_path_flat,
+    bn_decay, bn_epsilon. Raises ValueError, in one sentence with the valid values, for an unknown name or an impossible
     value.
     """
     spec = make_spec(name, width=width, num_classes=num_classes, convention=convention, **options)

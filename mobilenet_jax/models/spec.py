@@ -235,7 +235,7 @@ class InvertedResidual(Residual):
 
 @dataclass(frozen=True, kw_only=True)
 class FusedInvertedResidual(Residual):
-    """Expansion and depthwise in one full convolution, then the projection (2003.02838 sec. 2.2, 2404.10518 sec. 4).
+    """Expansion and depthwise in one full convolution, then the projection (EfficientNet-EdgeTPU, 2003.02838).
 
     Accelerators run it faster than the two it replaces where channels are few.
     """
@@ -254,7 +254,9 @@ class FusedInvertedResidual(Residual):
         """Fused expansion and projection; ValueError where the groups do not divide the input."""
         split = self.expanded // self.group_size if self.group_size else 1
         if in_channels % split:
-            raise ValueError(f"the {in_channels} input channels of {self} do not divide into {split} groups")
+            raise ValueError(
+                f"the {in_channels} input channels of a fused bottleneck do not divide into its {split} groups"
+            )
         expand = Op(
             name="expand",
             in_channels=in_channels,
@@ -270,7 +272,7 @@ class FusedInvertedResidual(Residual):
 
 @dataclass(frozen=True, kw_only=True)
 class UniversalInverted(Residual):
-    """V4's block: an inverted bottleneck with two optional depthwise convolutions (2404.10518 Fig. 4).
+    """V4's block: an inverted bottleneck with two optional depthwise convolutions (2404.10518).
 
     Both: extra depthwise. The middle one, `kernel`: inverted bottleneck. The first, `start`: ConvNext-like. None:
     feed-forward.
@@ -280,7 +282,7 @@ class UniversalInverted(Residual):
     start: int = 0  # kernel of the depthwise before the expansion; 0: none. It has no activation
     kernel: int = 0  # of the depthwise behind the expansion; 0: none. It has the stride, if it is there
     activation: str = "relu"
-    layer_scale: float = 0.0  # what learned factors on the branch start at (2103.17239); 0: there are none
+    layer_scale: float = 0.0  # what learned factors on the branch start at (2103.17239 sec. 2); 0: there are none
     antialias: str = ""  # avg | blur: a fixed filter takes the stride, the convolution has none
 
     def __post_init__(self):
@@ -304,7 +306,7 @@ class UniversalInverted(Residual):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiQueryAttention(Residual):
-    """V4's mobile attention: many query heads, one key and value, on a smaller map (2404.10518 sec. 4.2)."""
+    """V4's mobile attention: many query heads, one key and value, on a smaller map (2404.10518)."""
 
     heads: int
     size: int  # channels of a head's queries, of the key and of the value
@@ -404,6 +406,7 @@ class Spec:
     shortcut: str = "bottleneck"
     dropout: float = 0.2
     drop_path: float = 0.0  # drop rate of the last block's residual branch; earlier ones have less, linearly
+    drop_path_flat: bool = False  # the same rate for every block
     init: str = "he"
     slim_stddev: float = 0.09  # of init="slim"
     hidden_is_conv: bool = False  # how the framework of the convention stores the layer: a 1x1 convolution ...
@@ -600,6 +603,7 @@ OPTIONS: dict[str, Callable[..., Spec]] = {
     "init": _with_field("init"),
     "dropout": _with_field("dropout"),
     "drop_path": _with_field("drop_path"),
+    "drop_path_flat": _with_field("drop_path_flat"),
     "bn_decay": _with_field("bn_decay"),
     "bn_epsilon": _with_field("bn_epsilon"),
 }

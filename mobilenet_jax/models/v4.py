@@ -1,4 +1,7 @@
-"""MobileNet V4, convolutional and hybrid: 2404.10518, Tables 10 to 14 of its appendix."""
+"""MobileNet V4, convolutional and hybrid: the architectures in the appendix of 2404.10518.
+
+Rows, activations, layer scale and width rule are those of timm's `mobilenetv3.py: _gen_mobilenet_v4`.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -61,7 +64,6 @@ class _Table:
 HEAD = 960
 HIDDEN = 1280
 
-# 2404.10518, MNv4-Conv-S.
 CONV_SMALL = _Table(
     stem=32,
     rows=(
@@ -81,7 +83,6 @@ CONV_SMALL = _Table(
         _Uib(0, 3, 4, 128, 1, n=2),
     ),
 )
-# 2404.10518, MNv4-Conv-M.
 CONV_MEDIUM = _Table(
     stem=32,
     rows=(
@@ -108,7 +109,6 @@ CONV_MEDIUM = _Table(
         _Uib(5, 0, 2, 256, 1),
     ),
 )
-# 2404.10518, MNv4-Conv-L.
 CONV_LARGE = _Table(
     stem=24,
     rows=(
@@ -131,7 +131,6 @@ CONV_LARGE = _Table(
         _Uib(5, 0, 4, 512, 1, n=3),
     ),
 )
-# 2404.10518, MNv4-Hybrid-M. Layer scale: timm's mobilenetv3.py.
 HYBRID_MEDIUM = _Table(
     stem=32,
     rows=(
@@ -170,7 +169,6 @@ HYBRID_MEDIUM = _Table(
     ),
     layer_scale=1e-5,
 )
-# 2404.10518, MNv4-Hybrid-L. Activation and layer scale: timm's mobilenetv3.py.
 HYBRID_LARGE = _Table(
     stem=24,
     rows=(

@@ -41,6 +41,9 @@ def test_trap_06_activations_saturate_where_they_should():
     np.testing.assert_array_equal(ACTIVATIONS["relu"](x), [0, 0, 0, 0, 1, 3, 6, 7])
     np.testing.assert_array_equal(ACTIVATIONS["relu6"](x), [0, 0, 0, 0, 1, 3, 6, 6])
     np.testing.assert_allclose(ACTIVATIONS["hard_swish"](x), [0, 0, -1 / 3, 0, 2 / 3, 3, 6, 7], rtol=1e-6)
+    # x times the normal distribution function itself; the tanh formula has 0.8412 at 1.
+    exact = [v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x.tolist()]
+    np.testing.assert_allclose(ACTIVATIONS["gelu"](x), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_trap_08_hard_sigmoid_is_relu6_over_six():

@@ -16,7 +16,7 @@ from mobilenet_jax.models import blocks
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import MobileNet, create_model
-from mobilenet_jax.models.spec import InvertedResidual, Separable, Spec
+from mobilenet_jax.models.spec import Conv, InvertedResidual, MultiQueryAttention, Separable, Spec
 from mobilenet_jax.models.zoo import MODELS, make_spec
 
 # ---- The textbook: float64, from the papers' figures and the paths of the variables alone.
@@ -42,6 +42,29 @@ def _unflatten(flat) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def _multiply(x, weights, groups):
+    """[..., C] by [C / groups, D] to [..., D], each group of channels by its columns."""
+    pairs = zip(np.split(x, groups, axis=-1), np.split(weights, groups, axis=-1), strict=True)
+    return np.concatenate([part @ columns for part, columns in pairs], axis=-1)
+
+
+def _blur(x):
+    """Every second pixel of the 1-2-1 average along both axes, zeros outside (1904.11486)."""
+    for axis in (1, 2):
+        x = np.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(4)])
+        x = np.moveaxis(x, axis, 0)
+        x = np.moveaxis((x[:-2] + 2 * x[1:-1] + x[2:])[::2] / 4, 0, axis)
+    return x
+
+
+def _average(x):
+    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
+    return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+
+
+FILTERS = {"": lambda x: x, "avg": _average, "blur": _blur}
+
+
 class Textbook:
     """A network as the papers draw it; `maps` and `stats` collect each row's output and new statistics."""
 
@@ -51,9 +74,10 @@ class Textbook:
         self.old = _flatten(variables["batch_stats"])
         self.maps, self.stats = {}, {}
 
-    def conv_norm(self, x, path, activation, *, stride=1, dilation=1):
+    def conv_norm(self, x, path, activation, *, stride=1, dilation=1, norm=True):
         kernel = self.params[f"{path}/conv/kernel"]
-        k, depthwise = kernel.shape[0], kernel.shape[2] != x.shape[-1]
+        k, groups = kernel.shape[0], x.shape[-1] // kernel.shape[2]
+        depthwise = groups == x.shape[-1]
         zeros = [self.zeros(n, k, stride, dilation, depthwise) for n in x.shape[1:3]]
         x = np.pad(x, ((0, 0), *zeros, (0, 0)))
         reach = dilation * (k - 1)
@@ -70,8 +94,8 @@ class Textbook:
             for j in range(k)
         ]
         taps = [(w, window[:, ::stride, ::stride]) for w, window in taps]
-        x = sum(window * w[0] if depthwise else window @ w for w, window in taps)
-        return ACTIVATIONS[activation](self.norm(x, f"{path}/norm"))
+        x = np.sum([window * w[0] if depthwise else _multiply(window, w, groups) for w, window in taps], axis=0)
+        return ACTIVATIONS[activation](self.norm(x, f"{path}/norm")) if norm else x
 
     def zeros(self, n, k, stride, dilation, depthwise):
         if self.spec.padding == "symmetric":
@@ -110,6 +134,50 @@ class Textbook:
             y = x + y
         return y, wide
 
+    def bottleneck(self, x, row, path):
+        """V4's universal block (2404.10518) and the fused one, by the kernels there are."""
+        y, stride = x, row.stride
+        for name in ("start/depthwise", "expand", "depthwise", "project"):
+            kernel = self.params.get(f"{path}/{name}/conv/kernel")
+            if kernel is None:
+                continue
+            linear = name in ("start/depthwise", "project")
+            later = name == "start/depthwise" and f"{path}/depthwise/conv/kernel" in self.params
+            here = stride if len(kernel) > 1 and not later else 1
+            takes = row.antialias if here == 2 else ""
+            y = self.conv_norm(
+                y,
+                f"{path}/{name}",
+                "linear" if linear else row.activation,
+                stride=1 if takes else here,
+                dilation=row.dilation if len(kernel) > 1 else 1,
+            )
+            y = FILTERS[takes](y)
+        return self.add(x, y, row, path)
+
+    def attention(self, x, row, path):
+        """2404.10518: softmax(Q K / sqrt(d)) V a head, key and value shared and from a smaller map."""
+        z = self.norm(x, f"{path}/norm")
+        query = self.conv_norm(z, f"{path}/query/project", "linear", norm=False)
+        key, value = (self.reduced(z, row, f"{path}/{name}") for name in ("key", "value"))
+        heads = []
+        for i in range(row.heads):
+            q = query[..., i * row.size : (i + 1) * row.size].reshape(len(x), -1, row.size)
+            scores = np.exp(q @ key.transpose(0, 2, 1) / math.sqrt(row.size))
+            heads.append(scores / scores.sum(-1, keepdims=True) @ value)
+        y = np.concatenate(heads, axis=-1).reshape(*x.shape[:3], -1)
+        return self.add(x, self.conv_norm(y, f"{path}/output/project", "linear", norm=False), row, path)
+
+    def reduced(self, x, row, path):
+        if row.reduction > 1:
+            x = self.conv_norm(x, f"{path}/depthwise", "linear", stride=row.reduction, dilation=row.dilation)
+        return self.conv_norm(x, f"{path}/project", "linear", norm=False).reshape(len(x), -1, row.size)
+
+    def add(self, x, y, row, path):
+        y = y * self.params.get(f"{path}/layer_scale/gamma", 1)
+        joins = self.spec.shortcut == "bottleneck" and row.skip and row.stride == 1
+        return x + y if joins and y.shape == x.shape else y
+
     def __call__(self, x):
         spec, wide = self.spec, None
         x = self.maps["stem"] = self.conv_norm(x, "stem", spec.stem.activation, stride=spec.stem.stride)
@@ -118,13 +186,21 @@ class Textbook:
             if isinstance(row, Separable):
                 x = self.conv_norm(x, f"{path}/depthwise", row.activation, stride=row.stride, dilation=row.dilation)
                 x = self.conv_norm(x, f"{path}/pointwise", row.activation)
+            elif isinstance(row, Conv):
+                x = self.conv_norm(x, path, row.activation, stride=row.stride)
+            elif isinstance(row, MultiQueryAttention):
+                x = self.attention(x, row, path)
+            elif not isinstance(row, InvertedResidual):
+                x = self.bottleneck(x, row, path)
             else:
                 x, wide = self.inverted_residual(x, wide, row, path)
             self.maps[path] = x
         if spec.head:
             x = self.maps["head"] = self.conv_norm(x, "head", spec.head.activation)
         x = x.mean((1, 2))
-        if spec.hidden:
+        if spec.hidden_norm:
+            x = self.conv_norm(x[:, None, None], "hidden", spec.hidden_activation)[:, 0, 0]
+        elif spec.hidden:
             x = ACTIVATIONS[spec.hidden_activation](self.dense(x, "hidden"))
         return self.dense(x, "classifier")
 
@@ -132,6 +208,12 @@ class Textbook:
 # ---- Small networks and their values.
 
 CLASSES = 7
+PAPERS = [
+    name for name in MODELS if name.startswith(("mobilenet_v1", "mobilenet_v2", "mobilenet_v3")) and "_x" not in name
+]
+# The others, with how many blocks have every kind of theirs.
+HYBRID = (0, 1, 3, 4, 7, 8)
+CUT = {"mobilenet_v4_conv_small": 10, "mobilenet_v4_hybrid_medium": HYBRID, "mobilenet_edgetpu_v2_xs": 8}
 
 
 def _images(size, batch=4):
@@ -144,7 +226,13 @@ def _variables(model, seed=0):
     generator = np.random.default_rng(seed)
 
     def draw(path, value):
-        low_high = {"scale": (0.5, 1.5), "bias": (-0.5, 0.5), "mean": (-0.3, 0.3), "var": (0.5, 1.5)}
+        low_high = {
+            "scale": (0.5, 1.5),
+            "bias": (-0.5, 0.5),
+            "mean": (-0.3, 0.3),
+            "var": (0.5, 1.5),
+            "gamma": (0.3, 0.8),
+        }
         leaf = path.rsplit("/", 1)[1]
         return np.float64(value) if leaf == "kernel" else generator.uniform(*low_high[leaf], value.shape)
 
@@ -158,9 +246,9 @@ def _jit(function):
 
 
 def _small(name, *, keep=None, **options) -> Spec:
-    """A narrow spec without dropout; `keep` is how many blocks stay."""
+    """A narrow spec without dropout; `keep` is how many blocks stay, or which."""
     spec = make_spec(name, **{"width": 0.35, "num_classes": CLASSES, "dropout": 0.0, **options})
-    return replace(spec, blocks=spec.blocks[:keep])
+    return replace(spec, blocks=tuple(spec.blocks[i] for i in keep) if isinstance(keep, tuple) else spec.blocks[:keep])
 
 
 def _apply(model, variables, images, **kwargs):
@@ -211,6 +299,8 @@ CASES = [
     ),
     ("mobilenet_v3_large", {"convention": "keras"}, (50, 39)),
     ("mobilenet_v3_small_minimalistic", {"convention": "timm_tf"}, (46, 45)),
+    # Fused, extra depthwise, feed-forward, attention on a smaller map.
+    ("mobilenet_v4_hybrid_medium", {"convention": "timm", "keep": HYBRID}, (70, 53)),
 ]
 
 
@@ -241,8 +331,8 @@ def test_lowerings_and_textbook_agree_in_float64(name, options, size):
 
 
 def _is_linear_bias(path):
-    """The offset of a linear bottleneck's norm."""
-    return path.endswith("project/norm/bias")
+    """The offset of a linear bottleneck's norm, of V4's first depthwise, and of the keys, which softmax ignores."""
+    return path.endswith(("project/norm/bias", "start/depthwise/norm/bias", "key/depthwise/norm/bias"))
 
 
 def _without_zeros(gradients):
@@ -262,12 +352,17 @@ VARIANTS = [
     ("mobilenet_v2", {"expansion": 1, "stride_one": (0, 2)}),
     ("mobilenet_v3_large", {"output_stride": 8}),
     ("mobilenet_v1", {"output_stride": 8, "convention": "timm_tf", "stride_one": (0,)}),
+    ("mobilenet_v4_conv_small", {"keep": 12, "stride_one": (0,)}),  # inverted, ConvNext-like, plain convolutions
+    ("mobilenet_v4_hybrid_medium", {"keep": HYBRID, "output_stride": 8}),
+    ("mobilenet_v4_conv_blur_medium", {"keep": 4}),
+    ("mobilenet_v4_conv_aa_medium", {"keep": 4, "convention": "timm"}),
+    ("mobilenet_edgetpu_v2_xs", {"width": 0.35, "shortcut": "none"}),  # convolutions in groups
 ]
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
 def test_options_do_to_the_network_what_they_say(name, options):
-    spec = _small(name, keep=8, width=0.25, **options)
+    spec = _small(name, **{"keep": 8, "width": 0.25, **options})
     model = MobileNet(spec, dtype="float64", lowering="plain")
     variables, images = _variables(model), _images((33, 40), batch=2)
     with jax.enable_x64(True):
@@ -281,13 +376,14 @@ def test_options_do_to_the_network_what_they_say(name, options):
 # ---- Gradients.
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_gets_a_gradient(name):
-    """With `train=False`: no parameter is cut off, none excluded."""
-    model = MobileNet(_small(name))
+@pytest.mark.parametrize(("name", "keep"), [*((name, None) for name in PAPERS), *CUT.items()])
+def test_every_parameter_gets_a_gradient(name, keep):
+    """With `train=False`: no parameter is cut off, none excluded but the keys' offset, which softmax ignores."""
+    model = MobileNet(_small(name, keep=keep))
     variables = jax.tree.map(np.float32, _variables(model))
     _, gradients = _loss_and_gradients(model, train=False)(variables, np.float32(_images(64)))
-    largest = {path: float(np.abs(g).max()) for path, g in _flatten(gradients).items()}
+    flat = {path: g for path, g in _flatten(gradients).items() if not path.endswith("key/depthwise/norm/bias")}
+    largest = {path: float(np.abs(g).max()) for path, g in flat.items()}
     assert min(largest.values()) > 1e-6, min(largest, key=lambda path: largest[path])
 
 
@@ -331,13 +427,14 @@ def _trace(model, *, size=64, train=False):
     return list(_primitives(jax.make_jaxpr(run)(variables, images).jaxpr))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_plain_is_textbook_convolutions_only(name):
-    spec = _small(name)
+@pytest.mark.parametrize(("name", "keep"), [*((name, None) for name in PAPERS), *CUT.items()])
+def test_plain_is_textbook_convolutions_only(name, keep):
+    spec = _small(name, keep=keep)
     ops = [c.op for c in compute_cost(spec, 64).ops]
     names = [e.primitive.name for e in _trace(MobileNet(spec, lowering="plain"), train=True)]
-    assert names.count("conv_general_dilated") == sum(not op.pooled for op in ops)
-    assert names.count("dot_general") == sum(op.pooled for op in ops)
+    attention = sum(isinstance(row, MultiQueryAttention) for row in spec.blocks)
+    assert names.count("conv_general_dilated") == sum(op.kernel > 0 and not op.bias for op in ops)
+    assert names.count("dot_general") == sum(op.bias for op in ops) + 2 * attention
     special = ("custom_vjp", "platform_index", "cond", "slice")
     assert not [n for n in names if n.startswith(special)]
     auto = {e.primitive.name for e in _trace(MobileNet(spec), train=True)}
@@ -459,7 +556,21 @@ def test_trap_14_dropout_is_the_share_dropped():
     assert (run(jax.random.key(1)) != logits).any()
 
 
-def test_drop_path_rises_linearly_to_the_last_block(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Blocks with a residual, counted from 1, of 17.
+        ({"name": "mobilenet_v2", "drop_path": 0.34}, [0.02 * i for i in (3, 5, 6, 8, 9, 10, 12, 13, 15, 16)]),
+        ({"name": "mobilenet_v2", "drop_path": 0.2, "drop_path_flat": True}, 10 * [0.2]),
+        # Attention's too: with the fused block, those of stride 2 are 1, 2, 4 and 16.
+        (
+            {"name": "mobilenet_v4_hybrid_medium", "drop_path": 0.32, "keep": 16},
+            [0.02 * i for i in (3, *range(5, 16))],
+        ),
+    ],
+    ids=str,
+)
+def test_drop_path_rises_linearly_to_the_last_block(monkeypatch, options, expected):
     rates = []
 
     def record(branch, rate, key):
@@ -467,15 +578,14 @@ def test_drop_path_rises_linearly_to_the_last_block(monkeypatch):
         return branch
 
     monkeypatch.setattr(blocks, "drop_path", record)
-    model = MobileNet(_small("mobilenet_v2", drop_path=0.34))
+    model = MobileNet(_small(**options))
     images = jnp.zeros((2, 32, 32, 3))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
     run = functools.partial(model.apply, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
     jax.eval_shape(functools.partial(run, train=False), variables, images)
     assert rates == []
     jax.eval_shape(functools.partial(run, train=True), variables, images)
-    # Blocks with a residual, counted from 1, of 17.
-    assert rates == pytest.approx([0.02 * i for i in (3, 5, 6, 8, 9, 10, 12, 13, 15, 16)])
+    assert rates == pytest.approx(expected)
 
 
 def test_remat_recomputes_the_same_numbers():

@@ -9,8 +9,12 @@ from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.spec import (
     OPTIONS,
     Conv,
+    FusedInvertedResidual,
     InvertedResidual,
+    MultiQueryAttention,
+    Residual,
     Separable,
+    UniversalInverted,
     make_divisible,
     pads,
     to_json,
@@ -24,6 +28,16 @@ INVERTED = [name for name in MODELS if name != "mobilenet_v1"]
 def _blocks(spec):
     """The inverted residual rows of a spec with their input channels."""
     return [(row, channels) for _, row, channels in spec.rows() if isinstance(row, InvertedResidual)]
+
+
+def _activations(spec):
+    """The activation of each row of a spec that has one."""
+    return [row.activation for _, row, _ in spec.rows() if not isinstance(row, MultiQueryAttention)]
+
+
+def _residuals(spec):
+    """Whether each row of a spec has a residual."""
+    return [isinstance(row, Residual) and row.has_residual(channels) for _, row, channels in spec.rows()]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +99,7 @@ def test_trap_05_stride_two_pads_by_convention():
         for convention in CONVENTIONS
     }
     for (name, convention), padding in found.items():
-        same = "keras_v1" if (name, convention) == ("mobilenet_v1", "keras") else "same"
+        same = "keras_v1" if name.startswith("mobilenet_v1") and convention == "keras" else "same"
         assert padding == (same if convention in ("keras", "timm_tf") else "symmetric")
     # Keras' V1 pads (0, 1) before a strided depthwise whatever the parity; its stem pads as TensorFlow.
     spec = make_spec("mobilenet_v1", convention="keras")
@@ -193,15 +207,15 @@ def test_trap_06_activations_are_the_papers(convention):
     """V1 and V2: ReLU6. V3: ReLU and hard-swish by the row. Minimalistic: ReLU alone."""
     for name in ("mobilenet_v1", "mobilenet_v2"):
         spec = make_spec(name, convention=convention)
-        assert {row.activation for _, row, _ in spec.rows()} == {"relu6"}
+        assert set(_activations(spec)) == {"relu6"}
     tables = {"mobilenet_v3_large": (6, 9), "mobilenet_v3_small": (3, 8)}
     for name, (relu, hard_swish) in tables.items():
         spec = make_spec(name, convention=convention)
         expected = ["hard_swish"] + relu * ["relu"] + (hard_swish + 1) * ["hard_swish"]
-        assert [row.activation for _, row, _ in spec.rows()] == expected
+        assert _activations(spec) == expected
         assert spec.hidden_activation == "hard_swish"
         small = make_spec(f"{name}_minimalistic", convention=convention)
-        assert {row.activation for _, row, _ in small.rows()} == {small.hidden_activation} == {"relu"}
+        assert set(_activations(small)) == {small.hidden_activation} == {"relu"}
         assert all(row.kernel == 3 and row.se is None for row, _ in _blocks(small))
 
 
@@ -227,9 +241,65 @@ def test_trap_11_linear_bottlenecks_and_residuals(name, residuals):
     assert sum(row.has_residual(channels) for row, channels in rows) == residuals
 
 
+@pytest.mark.parametrize(
+    ("start", "middle", "stride", "expected"),
+    [
+        (3, 5, 2, [("start/depthwise", 3, 1), ("expand", 1, 1), ("depthwise", 5, 2), ("project", 1, 1)]),
+        (0, 3, 2, [("expand", 1, 1), ("depthwise", 3, 2), ("project", 1, 1)]),
+        (5, 0, 2, [("start/depthwise", 5, 2), ("expand", 1, 1), ("project", 1, 1)]),
+        (0, 0, 1, [("expand", 1, 1), ("project", 1, 1)]),
+    ],
+    ids=["extra depthwise", "inverted bottleneck", "ConvNext-like", "feed-forward"],
+)
+def test_universal_bottleneck_has_four_forms(start, middle, stride, expected):
+    row = UniversalInverted(expanded=64, filters=16, start=start, kernel=middle, stride=stride)
+    ops = row.ops(16)
+    assert [(op.name, op.kernel, op.stride) for op in ops] == expected
+    # No activation behind the first depthwise and the projection.
+    assert {op.name: op.activation for op in ops if op.activation != "linear"} == {
+        name: "relu" for name, *_ in expected if name in ("expand", "depthwise")
+    }
+    # Antialiased, the convolution that had the stride leaves it to the filter behind it.
+    spread = [[(n, k, 1), ("pool", 0, 2)] if s == 2 else [(n, k, s)] for n, k, s in expected]
+    antialiased = [(op.name, op.kernel, op.stride) for op in replace(row, antialias="avg").ops(16)]
+    assert antialiased == [op for ops in spread for op in ops]
+
+
+def test_v4_forms_are_the_papers():
+    """How many rows of each form: extra depthwise, inverted bottleneck, ConvNext-like, feed-forward, attention."""
+
+    def count(size):
+        rows = make_spec(f"mobilenet_v4_{size}").blocks
+        forms = [(row.start > 0, row.kernel > 0) for row in rows if isinstance(row, UniversalInverted)]
+        counts = [forms.count(form) for form in ((True, True), (False, True), (True, False), (False, False))]
+        return [*counts, sum(isinstance(row, MultiQueryAttention) for row in rows)]
+
+    assert {size: count(size) for size in ("conv_small", "conv_medium", "conv_large", "hybrid_medium")} == {
+        "conv_small": [3, 8, 1, 0, 0],
+        "conv_medium": [13, 0, 4, 4, 0],
+        "conv_large": [19, 0, 7, 0, 0],
+        "hybrid_medium": [13, 0, 5, 4, 8],
+    }
+    hybrid = make_spec("mobilenet_v4_hybrid_large")
+    assert set(_activations(hybrid)) == {hybrid.hidden_activation} == {"gelu"}
+    hybrid = make_spec("mobilenet_v4_hybrid_large", activation="relu6")  # attention has none to change
+    assert set(_activations(hybrid)) == {hybrid.hidden_activation} == {"relu6"}
+    assert {row.layer_scale for row in hybrid.blocks if isinstance(row, UniversalInverted | MultiQueryAttention)} == {
+        1e-5
+    }
+
+
+def test_trap_02_v4_width_spares_stem_and_hidden_layer():
+    found = {}
+    for width in (0.35, 0.75, 1.0, 1.5):
+        spec = make_spec("mobilenet_v4_conv_small", width=width)
+        found[width] = (spec.stem.filters, spec.head and spec.head.filters, spec.hidden)
+    assert found == {0.35: (32, 336, 1280), 0.75: (32, 720, 1280), 1.0: (32, 960, 1280), 1.5: (48, 1440, 1280)}
+
+
 def test_activation_everywhere():
     spec = make_spec("mobilenet_v3_large", activation="relu6")
-    assert {row.activation for _, row, _ in spec.rows()} == {spec.hidden_activation} == {"relu6"}
+    assert set(_activations(spec)) == {spec.hidden_activation} == {"relu6"}
     assert {row.projection_activation for row, _ in _blocks(spec)} == {"linear"}
     assert with_activation(make_spec("mobilenet_v1"), "relu").hidden_activation == "linear"  # it has no hidden layer
 
@@ -302,7 +372,7 @@ def test_stride_one_keeps_useful_maps_of_small_images():
     for name in MODELS:
         full, small = make_spec(name), make_spec(name, stride_one=(0, 1, 2, 3, 4))
         assert compute_cost(small, 32).params == compute_cost(full, 32).params
-        assert [r.has_residual(c) for r, c in _blocks(small)] == [r.has_residual(c) for r, c in _blocks(full)]
+        assert _residuals(small) == _residuals(full)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -316,7 +386,7 @@ def test_output_stride_turns_strides_into_dilation(name, output_stride):
     for row, original in zip(spec.blocks, full.blocks, strict=True):
         assert row.dilation * here == table
         here, table = here * row.stride, table * original.stride
-    assert [r.has_residual(c) for r, c in _blocks(spec)] == [r.has_residual(c) for r, c in _blocks(full)]
+    assert _residuals(spec) == _residuals(full)
 
 
 def test_feature_names_mark_the_last_row_of_each_stride():
@@ -330,6 +400,14 @@ def test_feature_names_mark_the_last_row_of_each_stride():
         "final": "head",
     }
     assert make_spec("mobilenet_v3_small").taps()["stride2"] == "stem"
+    # The modules that timm's features are: blocks.0.1, blocks.1.1, blocks.2.5, blocks.3.5, blocks.4.
+    assert list(make_spec("mobilenet_v4_conv_small").taps().values())[2:] == [
+        "block_01",
+        "block_03",
+        "block_09",
+        "block_15",
+        "head",
+    ]
     assert make_spec("mobilenet_v1").taps()["final"] == make_spec("mobilenet_v1").taps()["stride32"] == "block_12"
 
 
@@ -338,6 +416,7 @@ def test_fields_are_set_as_given():
         "init": "slim",
         "dropout": 0.5,
         "drop_path": 0.1,
+        "drop_path_flat": True,
         "bn_decay": 0.7,
         "bn_epsilon": 1e-4,
     }
@@ -387,7 +466,7 @@ def test_to_json_tells_specs_apart():
         (
             "mobilenet_v2",
             {"activation": "elu"},
-            "activation is 'elu'; valid: linear, relu, relu6, hard_swish",
+            "activation is 'elu'; valid: linear, relu, relu6, hard_swish, gelu",
         ),
         (
             "mobilenet_v2",
@@ -445,6 +524,30 @@ def test_errors_are_one_sentence_with_the_valid_values(name, options, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         make_spec(name, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: UniversalInverted(expanded=8, filters=8, stride=2), "without a depthwise convolution only stride 1"),
+        (lambda: UniversalInverted(expanded=8, filters=8, start=2), "odd kernel"),
+        (lambda: UniversalInverted(expanded=8, filters=8, antialias="max"), "antialias is 'max'; valid: , avg, blur"),
+        (lambda: MultiQueryAttention(filters=8, heads=0, size=4), "heads and size >= 1, reduction 1 or 2"),
+        (lambda: MultiQueryAttention(filters=8, heads=1, size=4, stride=2), "stride 1 are valid"),
+        (
+            lambda: FusedInvertedResidual(expanded=96, filters=8, group_size=64),
+            "group_size is 64; valid: a divisor of the 96 channels",
+        ),
+        (
+            lambda: FusedInvertedResidual(expanded=128, filters=8, group_size=64).ops(9),
+            "the 9 input channels of a fused bottleneck do not divide into its 2 groups",
+        ),
+        (lambda: make_spec("mobilenet_edgetpu_v2_xs", width=0.5), "group_size is 64; valid: a divisor of the 96"),
+    ],
+)
+def test_impossible_rows_of_v4_and_edgetpu(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
 
 
 @pytest.mark.parametrize("row", [Conv, Separable])
