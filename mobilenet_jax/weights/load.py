@@ -139,7 +139,8 @@ def _load_foreign(
         for leaf in ("kernel", "bias"):
             flat["params", "classifier", leaf] = flat["params", "classifier", leaf][..., 1:]
     sha256 = hash_file(path)
-    usual = PUBLISHED_PREPROCESSING.get(sha256[:8], match.entry.preprocessing)
+    usual = PUBLISHED_PREPROCESSING.get(match.name, match.entry.preprocessing)
+    usual = PUBLISHED_PREPROCESSING.get(sha256[:8], usual)
     card = make_card(
         name=name or match.name,
         model=match.entry.model,

@@ -1,6 +1,5 @@
 """What another framework calls a network's tensors, how it lays them out, and which network a file holds."""
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,7 @@ _NAME = re.compile(r"(?P<model>\w+?)(?:_(?P<percent>\d{3}))?(?:\.(?P<tag>\w+))?"
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of a framework, at any width, with the preprocessing of its published weights."""
+    """A model of a framework, at any width, with the preprocessing of the weights that are its default."""
 
     name: str  # the framework's own, without the width
     model: str  # ours
@@ -131,7 +130,7 @@ def identify(naming: Naming, shapes: Shapes, *, name: str | None, source: str) -
       WeightsError: tensors that no network has, or that several have; the message names them.
     """
     entries, width = naming.select(name) if name else (_find_closest(naming, shapes), None)
-    fits, closest = [], (math.inf, "")
+    fits, closest = [], (math.inf, f"{naming.framework}/{name}, a network that cannot be built")
     for entry in entries:
         for match in _candidates(naming, entry, shapes, width):
             count, differences = compare({name: slot.shape for name, slot in match.slots.items()}, shapes)
@@ -166,8 +165,12 @@ def _candidates(naming: Naming, entry: Entry, shapes: Shapes, width: float | Non
     def make(width: float) -> Spec:
         return _fit_tail(naming, make_spec(entry.model, width=width, convention=entry.convention), shapes)
 
-    widths = [width] if width else itertools.chain(_WIDTHS, (_search_width(naming, make, shapes) for _ in range(1)))
-    for candidate in widths:
+    def list_widths() -> Iterator[float]:
+        yield from (width,) if width else _WIDTHS
+        if not width:
+            yield _search_width(naming, make, shapes)
+
+    for candidate in list_widths():
         try:
             spec = make(candidate)
         except ValueError:  # groups that divide no channels of this width

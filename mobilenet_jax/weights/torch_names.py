@@ -189,7 +189,10 @@ TIMM = Naming(
     layout=_LAYOUT,
     percent=True,
 )
-# By the start of the file's SHA-256: torchvision's IMAGENET1K_V2 weights are for images resized to 232 px.
-PUBLISHED_PREPROCESSING: dict[str, Preprocessing] = dict.fromkeys(
-    ("7ebf99e0", "5c1a4163"), replace(IMAGENET, crop_share=224 / 232)
-)
+# Exceptions, by the start of the file's SHA-256 or by name: torchvision's IMAGENET1K_V2 weights are for images resized
+# to 232 px; timm trained its narrow V4 and wide V1 otherwise than their kin.
+PUBLISHED_PREPROCESSING: dict[str, Preprocessing] = {
+    **dict.fromkeys(("7ebf99e0", "5c1a4163"), replace(IMAGENET, crop_share=224 / 232)),
+    **dict.fromkeys(("timm/mobilenetv4_conv_small_035", "timm/mobilenetv4_conv_small_050"), _HALF_BICUBIC),
+    "timm/mobilenetv1_125": replace(_HALF_BICUBIC, crop_share=0.9),
+}

@@ -127,6 +127,25 @@ def test_torchvisions_weights_of_imagenet_load_with_their_card(reference):
     assert model.spec.bn_epsilon == 1e-5
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("timm", "torchvision"))])
+def test_trap_24_preprocessing_is_that_of_published_weights(reference, case):
+    folder = reference / "fixtures" / case
+    meta = json.loads((folder / "meta.json").read_text())
+    _, _, card = load_weights(folder / next(iter(meta["weights"])), f"{meta['framework']}/{meta['name']}")
+    given = card["preprocessing"]
+    published = [
+        {
+            "image_size": tag["center_crop"] if "center_crop" in tag else tag["input_size"][-1],
+            "crop_share": tag["center_crop"] / tag["resize_shorter_side"] if "center_crop" in tag else tag["crop_pct"],
+            "interpolation": tag["interpolation"],
+            "mean": pytest.approx([255 * x for x in tag["mean"]]),
+            "std": pytest.approx([255 * x for x in tag["std"]]),
+        }
+        for tag in meta["preprocessing_of_pretrained_weights"].values()
+    ]
+    assert given in published
+
+
 def test_lowering_and_dtype_are_those_asked_for(reference):
     path = reference / "fixtures" / "torchvision_v2_035" / "weights.pth"
     model, variables, _ = load_weights(path, lowering="plain", dtype="bfloat16")

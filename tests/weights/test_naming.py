@@ -89,6 +89,12 @@ def test_widths_in_names_are_checked():
         TIMM.select("mobilenetv8")
 
 
+def test_a_width_that_no_groups_divide_is_said():
+    shapes = list_shapes(TIMM, TIMM.select("mobilenet_edgetpu_v2_m")[0][0], width=1.0)
+    with pytest.raises(WeightsError, match="it does not fit timm/mobilenet_edgetpu_v2_m_035"):
+        identify(TIMM, shapes, name="mobilenet_edgetpu_v2_m_035", source="it")
+
+
 def test_comparing_names_the_first_of_each_kind():
     expected = dict.fromkeys("abcdefg", (1,))
     count, text = compare(expected, {"a": (2,), "x": (1,)})
