@@ -15,7 +15,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.name = "mobilenet_v2"  # of the run; the default workdir is runs/NAME
     config.seed = 0  # of initialisation, shuffling, augmentation, dropout
     config.parallel = "jit"  # jit: statistics over the global batch | pmap: per-device statistics
-    config.init = ""  # a workdir whose last checkpoint gives the initial weights; empty: random
+    config.init = ""  # initial weights: a file, the workdir of a run, or a name to download; empty: random
+    config.init_name = ""  # the model in that file, as timm/tf_mobilenetv3_large_100, where its tensors do not say it
 
     model = config.model = ml_collections.ConfigDict()
     model.name = "mobilenet_v2"  # a name of `python -m mobilenet_jax.summary --list`

@@ -6,10 +6,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mobilenet_jax.models.init import init_variables
     from mobilenet_jax.models.network import create_model
+    from mobilenet_jax.weights.load import load_weights
+    from mobilenet_jax.weights.save import save_weights
 
-__all__ = ["create_model", "init_variables"]
+__all__ = ["create_model", "init_variables", "load_weights", "save_weights"]
 
-_MODULES = {"create_model": "mobilenet_jax.models.network", "init_variables": "mobilenet_jax.models.init"}
+_MODULES = {
+    "create_model": "mobilenet_jax.models.network",
+    "init_variables": "mobilenet_jax.models.init",
+    "load_weights": "mobilenet_jax.weights.load",
+    "save_weights": "mobilenet_jax.weights.save",
+}
 
 
 def __getattr__(name: str):

@@ -165,15 +165,18 @@ def check_same_run(saved: dict, config: dict, where: Path) -> None:
 def read_checkpoint(workdir: str | Path) -> tuple[dict[str, np.ndarray], dict]:
     """({"params.stem.conv.kernel": array, ...}, meta) of a workdir's newest checkpoint, which is not changed.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged.
+    WORKDIR/checkpoints/STEP names a checkpoint that is not the newest. Raises FileNotFoundError if there is none,
+    ValueError if it is damaged.
     """
-    directory = Path(workdir).absolute() / "checkpoints"
+    directory, step = Path(workdir).absolute() / "checkpoints", None
+    if directory.parent.parent.name == "checkpoints" and directory.parent.name.isdecimal():
+        directory, step = directory.parent.parent, int(directory.parent.name)
     if not directory.is_dir():
         raise FileNotFoundError(f"{workdir} holds no checkpoints; valid: the workdir of a run")
     options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(directory, options=options, item_names=_ITEMS) as manager:
-        step = manager.latest_step()
-        if step is None:
+        step = manager.latest_step() if step is None else step
+        if step not in manager.all_steps():
             raise FileNotFoundError(f"{workdir} holds no finished checkpoint yet")
         try:
             meta = _read_meta(manager, step)
@@ -185,11 +188,12 @@ def read_checkpoint(workdir: str | Path) -> tuple[dict[str, np.ndarray], dict]:
 def load_variables(workdir: str | Path) -> tuple[dict, dict]:
     """({"params", "batch_stats"}, meta) of a workdir's newest checkpoint, averaged ones if it has them.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged.
+    `meta` has its step beside what was saved. Raises FileNotFoundError if there is none, ValueError if it is damaged.
     """
     leaves, meta = read_checkpoint(workdir)
     state: dict[str, Any] = traverse_util.unflatten_dict(leaves, sep=".")
-    return {name: state.get("ema", state)[name] for name in ("params", "batch_stats")}, meta
+    variables = {name: state.get("ema", state)[name] for name in ("params", "batch_stats")}
+    return variables, {**meta, "step": int(leaves["step"])}
 
 
 def merge_variables(fresh: dict, loaded: dict, *, source: str) -> dict:

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mobilenet_jax import figures
-from mobilenet_jax.checkpoint import Checkpoints, load_variables, merge_variables
+from mobilenet_jax.checkpoint import Checkpoints, merge_variables
 from mobilenet_jax.data.loader import make_eval_batches, make_train_iterator
 from mobilenet_jax.data.sources import DataInfo, describe
 from mobilenet_jax.evaluate import evaluate
@@ -45,6 +45,7 @@ from mobilenet_jax.sharding import (
     shard_train_step,
 )
 from mobilenet_jax.steps import StepOptions, TrainState, create_state, eval_step, train_step
+from mobilenet_jax.weights.load import load_weights
 
 
 class NonFiniteError(RuntimeError):
@@ -223,8 +224,7 @@ class Run:
                 jax.eval_shape(fresh, variables), self._iterator, config=self._flat_config
             )
             if restored is None and config.init:
-                loaded, _ = load_variables(config.init)
-                variables = merge_variables(variables, loaded, source=config.init)
+                variables = self._initialise(variables)
         except (ValueError, OSError):
             self.close()
             raise
@@ -236,6 +236,18 @@ class Run:
         self._skipped: int = meta["skipped"]
         self._evaluation: dict[str, float] | None = None
         self._confusion: np.ndarray | None = None
+
+    def _initialise(self, variables: dict) -> dict:
+        """The variables of config.init; ValueError if they were trained for other sums than the model's."""
+        config = self.config
+        source, loaded, card = load_weights(config.init, config.init_name or None)
+        theirs, ours = source.spec, self.model.spec
+        if (theirs.padding, theirs.bn_epsilon) != (ours.padding, ours.bn_epsilon):
+            raise ValueError(
+                f"init {config.init!r} has padding {theirs.padding} and bn_epsilon {theirs.bn_epsilon}, the model "
+                f"{ours.padding} and {ours.bn_epsilon}; set model.convention to {card['convention']}"
+            )
+        return merge_variables(variables, loaded, source=config.init)
 
     def close(self) -> None:
         """Wait for checkpoints being written, end the data threads."""

@@ -38,6 +38,14 @@ ALLOWED = {
     "models.zoo": {"models.edgetpu", "models.spec", "models.v1", "models.v2", "models.v3", "models.v4"},
     "models.cost": {"models.spec"},
     "summary": {"models.cost", "models.spec", "models.zoo"},
+    "convert": {"weights.load", "weights.save"},
+    "weights.card": {"models.spec", "weights"},
+    "weights.naming": {"models.init", "models.spec", "models.zoo", "weights", "weights.card"},
+    "weights.torch_names": {"models.spec", "weights.card", "weights.naming"},
+    "weights.keras_names": {"models.spec", "weights.card", "weights.naming"},
+    "weights.pth": {"weights"},
+    "weights.hdf5": {"weights"},
+    "weights.fetch": {"weights", "weights.card"},
 }
 TABLES = ["models.v1", "models.v2", "models.v3", "models.v4", "models.edgetpu"]
 WITHOUT_JAX = ["models.spec", *TABLES, "models.zoo", "models.cost", "summary"]

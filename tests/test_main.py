@@ -151,7 +151,7 @@ def test_a_config_file_that_is_none_is_one_sentence(capsys, tmp_path, text):
         ("--config.data.source=imagenet", "digits"),
         ("--config.data.source=folder", "data.path"),
         ("--config.data.batch_size=-3", "data.batch_size is -3"),
-        ("--config.init=nowhere", "nowhere holds no checkpoints"),
+        ("--config.init=nowhere", "there are no weights nowhere"),
         ("--config.data.source=tfds:uc_merced", "tfds build uc_merced"),
     ],
 )

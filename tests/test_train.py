@@ -22,8 +22,12 @@ from mobilenet_jax.checkpoint import read_checkpoint
 from mobilenet_jax.data.decode import UnreadableImageError
 from mobilenet_jax.data.loader import make_train_iterator
 from mobilenet_jax.metrics import read_metrics
+from mobilenet_jax.models.init import init_variables
+from mobilenet_jax.models.network import create_model
 from mobilenet_jax.sharding import make_mesh
 from mobilenet_jax.train import NonFiniteError, Run, make_plan, train_and_evaluate, warn_of_slow_statistics
+from mobilenet_jax.weights.load import load_weights
+from mobilenet_jax.weights.save import save_weights
 
 event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")  # generated: no types
 STEPS = 12
@@ -389,8 +393,51 @@ def test_init_takes_the_averages_of_another_run_and_evaluates_what_is_held_out(f
 def test_init_of_another_width_or_of_nothing_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match="does not fit the model"):
         Run(make_config(init=str(finished), model__width=0.25), tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
+    with pytest.raises(FileNotFoundError, match=r"there are no weights .*nothing; valid: a file"):
         Run(make_config(init=str(tmp_path / "nothing")), tmp_path)
+
+
+def test_init_takes_a_file_of_another_framework_if_its_sums_are_the_models(tmp_path):
+    model = create_model("mobilenet_v2", width=0.25, num_classes=10, convention="torchvision")
+    variables = init_variables(model, seed=5)
+    path = tmp_path / "w.pth"
+    card = {"name": "", "model": "mobilenet_v2", "width": 0.25, "convention": "torchvision", "preprocessing": {}}
+    card |= {"class_names": None, "source": {}, "metrics": {}, "notes": []}
+    save_weights(path, model, variables, card, format="torchvision")
+    here = {"model__name": "mobilenet_v2", "model__width": 0.25, "init": str(path)}
+    with pytest.raises(
+        ValueError, match=r"padding symmetric and bn_epsilon 1e-05, .*set model.convention to torchvision"
+    ):
+        Run(make_config(**here), tmp_path / "run")
+    with Run(make_config(**here, model__convention="torchvision"), tmp_path / "run") as run:
+        for found, expected in zip(
+            jax.tree.leaves(run._state.params), jax.tree.leaves(variables["params"]), strict=True
+        ):
+            np.testing.assert_array_equal(np.asarray(found), expected)
+    with pytest.raises(ValueError, match="does not fit torchvision/mobilenet_v3_small"):
+        Run(make_config(**here, init_name="torchvision/mobilenet_v3_small"), tmp_path / "run")
+
+
+def test_a_run_is_weights_with_a_card(finished):
+    model, variables, card = load_weights(finished, lowering="plain")
+    leaves, meta = read_checkpoint(finished)
+    for part in ("params", "batch_stats"):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables[part]):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            np.testing.assert_array_equal(leaf, leaves[f"ema.{part}.{name}"])
+    assert (model.lowering, model.spec.num_classes, model.spec.stem.stride) == ("plain", 10, 1)
+    assert (card["name"], card["model"], card["width"]) == ("mobilenet_v2", "mobilenet_v1", 0.1)
+    assert card["preprocessing"] == {
+        **{key: meta["config"][f"data.{key}"] for key in ("image_size", "crop_share", "interpolation", "mean", "std")}
+    }
+    assert card["class_names"] == list("0123456789")
+    assert card["metrics"]["eval_ema/top1"] == read_result(finished)["top1"]
+    # Any checkpoint of the run by its folder, and the whole of it in one file.
+    step = max(int(path.name) for path in (finished / "checkpoints").iterdir())
+    assert card["source"]["file"] == f"finished, step {step}"
+    assert load_weights(finished / "checkpoints" / str(step))[2]["source"]["sha256"] == card["source"]["sha256"]
+    save_weights(finished.parent / "w.safetensors", model, variables, card)
+    assert load_weights(finished.parent / "w.safetensors", lowering="plain")[0::2] == (model, card)
 
 
 def test_init_starts_a_classifier_of_other_classes_afresh(finished, tmp_path, caplog):

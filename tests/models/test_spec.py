@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from dataclasses import replace
 from typing import Any, cast
@@ -15,6 +16,7 @@ from mobilenet_jax.models.spec import (
     Residual,
     Separable,
     UniversalInverted,
+    from_json,
     make_divisible,
     pads,
     to_json,
@@ -443,6 +445,45 @@ def test_to_json_tells_specs_apart():
         "dilation": 1,
         "activation": "relu6",
     }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_json_gives_the_spec_back(name):
+    spec = make_spec(name, convention="timm", num_classes=3)
+    assert from_json(json.loads(json.dumps(to_json(spec)))) == spec
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 5}, "it has no list of rows"),
+        ({"rows": [{"kind": "Conv"}]}, "row 0 has no name"),
+        ({"rows": [{"name": "stem", "kind": "Spec"}]}, "kind of row stem is 'Spec'; valid: Conv, Separable"),
+        ({"rows": []}, "its rows have no stem"),
+        ({"num_classes": "7"}, "spec.num_classes is '7'; valid: int"),
+        ({"num_classes": True}, "spec.num_classes is True; valid: int"),
+        ({"padding": "circular"}, "padding is 'circular'; valid: same"),
+        ({"bn_epsilon": math.nan}, "bn_epsilon is nan"),
+        ({"bn_epsilon": None}, "spec.bn_epsilon is None; valid: float"),
+    ],
+)
+def test_json_of_no_spec_is_refused(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_json({**to_json(make_spec("mobilenet_v3_small")), **change})
+
+
+def test_json_of_rows_that_are_none_is_refused():
+    data = to_json(make_spec("mobilenet_v3_small"))
+    for change, message in (
+        ({"kernel": "3"}, "row block_01.kernel is '3'; valid: int"),
+        ({"kernel": 4}, "impossible row"),
+        ({"se": {"ratio": 0.25}}, "row block_01.se.rounding is None; valid: str"),
+        ({"se": 1}, "row block_01.se is 1; valid: SqueezeExcite or NoneType"),
+        ({"name": "block_99"}, "rows are called stem, block_00, block_99"),
+    ):
+        rows = [{**row, **change} if row["name"] == "block_01" else row for row in data["rows"]]
+        with pytest.raises(ValueError, match=re.escape(message)):
+            from_json({**data, "rows": rows})
 
 
 @pytest.mark.parametrize(

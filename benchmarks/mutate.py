@@ -1,0 +1,136 @@
+"""Damaged weights, one after the other: each must load, or be refused in one sentence, and soon.
+
+    python benchmarks/mutate.py --count=1000
+
+Files of every format are cut off, have bits flipped, ranges zeroed or repeated, types swapped, and numbers of their
+headers made huge, from a seed. A row of the table counts what came of them; 1 is returned where something was neither
+loaded nor refused, took more than 10 seconds, or where memory grew by more than a gigabyte.
+"""
+
+import argparse
+import collections
+import random
+import resource
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from mobilenet_jax import load_weights, save_weights
+from mobilenet_jax.weights import WeightsError
+
+FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
+FILES = (
+    "torchvision_v2_035/weights.pth",
+    "torchvision_v2_035/weights_legacy.pth",
+    "torchvision_v2_035/weights.safetensors",
+    "keras_v1_025/model.weights.h5",
+    "keras_v1_025/legacy_weights.h5",
+    "keras_v1_025/model.h5",
+    "keras_v1_025/model.keras",
+)
+_SECONDS = 10
+_BYTES = 1 << 30
+# What names a type in the formats; the lengths agree, so that what follows keeps its place.
+_TYPES = (
+    (b"F32", b"F64"),
+    (b"F32", b"I32"),
+    (b"F32", b"F16"),
+    (b"Float", b"Short"),
+    (b"Float", b"Dense"),
+    (b"torch", b"posix"),
+)
+
+
+def mutate(data: bytes, generator: random.Random) -> bytes:
+    """The file with one kind of damage; half of it falls on the first and last 64 kB, where headers are."""
+    changed = bytearray(data)
+
+    def place() -> int:
+        end = min(1 << 16, len(data))
+        return generator.choice(
+            [generator.randrange(len(data)), generator.randrange(end), len(data) - 1 - generator.randrange(end)]
+        )
+
+    kind = generator.randrange(7)
+    if kind == 0:
+        return data[: generator.choice([place(), generator.randrange(64)])]
+    if kind == 1:
+        for _ in range(generator.choice((1, 8, 64, 512))):
+            changed[place()] ^= 1 << generator.randrange(8)
+    elif kind == 2:
+        start = place()
+        changed[start : start + generator.choice((1, 8, 4096))] = bytes(generator.choice((1, 8, 4096)))
+    elif kind == 3:
+        start = place()
+        changed[start:start] = changed[start : start + generator.choice((1, 16, 1000))]
+    elif kind == 4:
+        old, new = generator.choice(_TYPES)
+        count = data.count(old)
+        return data.replace(old, new, generator.randint(1, count)) if count else data[::-1]
+    elif kind == 5:  # a little-endian number
+        start = place()
+        changed[start : start + 8] = generator.choice((2**31 - 1, 2**63 - 1, 10**12, 2**32 + 5)).to_bytes(8, "little")
+    else:  # a number in JSON
+        digits = [i for i in range(min(1 << 16, len(data))) if data[i : i + 1].isdigit()] or [0]
+        start = generator.choice(digits)
+        changed[start : start + 1] = generator.choice((b"99999999999", b"-1", b"1e9", b'"x"', b"null", b"0"))
+    return bytes(changed)
+
+
+def try_file(path: Path) -> str:
+    """`loaded`, or `refused`; whatever else `load_weights` raises comes through, and a TimeoutError."""
+
+    def stop(*_):
+        raise TimeoutError(f"more than {_SECONDS} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(_SECONDS)
+    try:
+        load_weights(path)
+    except WeightsError as error:
+        if len(str(error).splitlines()) == 1:
+            return "refused"
+        raise
+    finally:
+        signal.alarm(0)
+    return "loaded"
+
+
+def main() -> int:
+    """Print the table; 1 where something went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=1000, help="files in all; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fixtures", type=Path, default=FIXTURES, help="default: %(default)s")
+    flags = parser.parse_args()
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Path(folder) / "ours.safetensors"
+        save_weights(ours, *load_weights(flags.fixtures / FILES[0]))
+        sources = [*(flags.fixtures / file for file in FILES), ours]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for source in sources:
+            data, counts = source.read_bytes(), collections.Counter()
+            for i in range(-(-flags.count // len(sources))):
+                path = Path(folder) / f"mutated{source.suffix}"
+                path.write_bytes(mutate(data, random.Random(f"{flags.seed} {source.name} {i}")))
+                try:
+                    counts[try_file(path)] += 1
+                except BaseException as error:  # this is what is looked for
+                    counts["failed"] += 1
+                    print(f"{source.name} {i}: {type(error).__name__}: {error}", file=sys.stderr)
+            failed += counts["failed"]
+            print(
+                f"{source.name:<24}"
+                + "".join(f"{what} {counts[what]:>4}   " for what in ("loaded", "refused", "failed"))
+            )
+        # HDF5 is read in processes of their own.
+        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before + children)
+    print(f"memory grew by at most {grown / 1e6:,.0f} MB")
+    return int(failed > 0 or grown > _BYTES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The card that travels with weights: plain JSON, what must be known to use them and where they come from."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from mobilenet_jax.models.spec import Spec, from_json, to_json
+from mobilenet_jax.weights import WeightsError
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What an image goes through: resize to image_size / crop_share, crop the centre, (x - mean) / std.
+
+    Keys and units are those of a config's data section: pixels, and grey levels 0..255.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int = 224
+    crop_share: float = 0.875
+    interpolation: str = "bilinear"
+
+
+# mean .485 .456 .406, std .229 .224 .225 of x / 255
+IMAGENET = Preprocessing((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+# x / 127.5 - 1
+HALF = Preprocessing((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
+
+
+def make_card(
+    *,
+    name: str,
+    model: str,
+    width: float,
+    convention: str,
+    spec: Spec,
+    preprocessing: Preprocessing,
+    class_names: list[str] | None,
+    source: dict[str, str],
+    metrics: dict[str, float] | None = None,
+    notes: list[str] | None = None,
+) -> dict:
+    """The card as plain data.
+
+    `name` is that of the foreign model, or of the run; `model`, `width` and `convention` are what `create_model` takes;
+    `source` is {"file", "sha256"}; `metrics` as a run writes them; `notes` say what was changed on the way.
+    """
+    fields = dataclasses.asdict(preprocessing)
+    return {
+        "name": name,
+        "model": model,
+        "width": width,
+        "convention": convention,
+        "spec": to_json(spec),
+        "preprocessing": {**fields, "mean": list(preprocessing.mean), "std": list(preprocessing.std)},
+        "class_names": class_names,
+        "source": source,
+        "metrics": metrics or {},
+        "notes": notes or [],
+    }
+
+
+_TYPES = {
+    "name": str,
+    "model": str,
+    "width": int | float,
+    "convention": str,
+    "spec": dict,
+    "preprocessing": dict,
+    "class_names": list | None,
+    "source": dict,
+    "metrics": dict,
+    "notes": list,
+}
+
+
+def check_card(card: object, *, source: str) -> Spec:
+    """The spec of a card; WeightsError where something is missing or of another type."""
+    if not isinstance(card, dict):
+        raise WeightsError(f"the card of {source} is no JSON object")
+    for key, kind in _TYPES.items():
+        if key not in card or not isinstance(card[key], kind):
+            raise WeightsError(f"the card of {source} has no valid {key!r}")
+    try:
+        spec = from_json(card["spec"])
+    except ValueError as error:
+        raise WeightsError(f"the card of {source} holds no network: {error}") from error
+    names = card["class_names"]
+    if names is not None and len(names) != spec.num_classes:
+        raise WeightsError(f"the card of {source} has {len(names)} class names for {spec.num_classes} classes")
+    return spec
+
+
+def read_imagenet_classes() -> list[str]:
+    """The 1,000 names in the order of the classes, as torchvision's weights carry them."""
+    return (Path(__file__).parent / "imagenet_classes.txt").read_text().splitlines()
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,156 @@
+"""Published weights by name: downloaded once, resumed where they broke off, checked, kept."""
+
+import hashlib
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+from mobilenet_jax.weights import WeightsError
+from mobilenet_jax.weights.card import Preprocessing
+
+CACHE = Path("~/.cache/mobilenet_jax/weights").expanduser()
+_CHUNK = 1 << 20
+_TIMEOUT = 30  # seconds without a byte
+# Sources: torchvision 0.29.1 models/mobilenetv2.py and mobilenetv3.py; the first of each is its default. The name of
+# a file ends in the start of its SHA-256.
+TORCHVISION_URL = "https://download.pytorch.org/models/"
+_TORCHVISION = {
+    "mobilenet_v2": {"IMAGENET1K_V2": "mobilenet_v2-7ebf99e0.pth", "IMAGENET1K_V1": "mobilenet_v2-b0353104.pth"},
+    "mobilenet_v3_large": {
+        "IMAGENET1K_V2": "mobilenet_v3_large-5c1a4163.pth",
+        "IMAGENET1K_V1": "mobilenet_v3_large-8738ca79.pth",
+    },
+    "mobilenet_v3_small": {"IMAGENET1K_V1": "mobilenet_v3_small-047dcff4.pth"},
+}
+# Source: Keras 3.15.1 applications/mobilenet.py, mobilenet_v2.py, mobilenet_v3.py, of images of 224 px; it knows the
+# MD5 of V3's files and no sum of the others'.
+KERAS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/"
+_V1_FILES = {100: "1_0", 75: "7_5", 50: "5_0", 25: "2_5"}
+_V2_FILES = {100: "1.0", 75: "0.75", 50: "0.5", 35: "0.35", 130: "1.3", 140: "1.4"}
+_V3_FILES = {
+    ("MobileNetV3Large", 100): ("large_224_1.0", "59e551e166be033d707958cf9e29a6a7"),
+    ("MobileNetV3Large", 75): ("large_224_0.75", "765b44a33ad4005b3ac83185abf1d0eb"),
+    ("MobileNetV3Small", 100): ("small_224_1.0", "8768d4c2e7dee89b9d02b2d03d65d862"),
+    ("MobileNetV3Small", 75): ("small_224_0.75", "cb65d4e5be93758266aa0a7f2c6708b7"),
+}
+_NAME = re.compile(r"(torchvision|keras|timm)/(\w+?)(?:_(\d{3}))?(?:\.(\w+))?")
+
+
+class Published(NamedTuple):
+    """A file to download, and the start of a checksum if its publisher states one."""
+
+    url: str
+    algorithm: str = "sha256"
+    digest: str = ""
+
+
+def is_remote(text: str | Path) -> bool:
+    """Whether it is a name for `fetch` rather than a path."""
+    return str(text).startswith("hf:") or _NAME.fullmatch(str(text)) is not None
+
+
+def fetch(name: str, *, offline: bool) -> tuple[Path, str, Preprocessing | None]:
+    """(file, the model's own name, preprocessing if the publisher states it) of a name, downloaded if it is not there.
+
+    Raises WeightsError for an unknown name, a download that fails, or, with `offline`, one that would be needed.
+    """
+    if name.startswith("hf:"):
+        return _fetch_from_hub(name.removeprefix("hf:"), offline=offline)
+    published = find_published(name)
+    path = CACHE / published.url.rsplit("/", 1)[-1]
+    if not path.exists():
+        if offline:
+            raise WeightsError(f"{name} is not in {CACHE}, and downloads are off")
+        download(published, path)
+    return path, name, None
+
+
+def find_published(name: str) -> Published:
+    """Where torchvision or Keras publish the model of a name; WeightsError if they do not."""
+    found = _NAME.fullmatch(name)
+    framework, model, percent, tag = found.groups() if found else (None,) * 4
+    width = int(percent or 100)
+    if framework == "torchvision" and model in _TORCHVISION:
+        files = _TORCHVISION[model]
+        if tag is None or tag in files:
+            file = files[tag or next(iter(files))]
+            return Published(TORCHVISION_URL + file, "sha256", file.removesuffix(".pth").rsplit("-", 1)[-1])
+        raise WeightsError(f"torchvision has no weights {tag} of {model}; valid: {', '.join(files)}")
+    if framework == "keras" and model == "MobileNet" and width in _V1_FILES:
+        return Published(f"{KERAS_URL}mobilenet/mobilenet_{_V1_FILES[width]}_224_tf.h5")
+    if framework == "keras" and model == "MobileNetV2" and width in _V2_FILES:
+        file = f"mobilenet_v2_weights_tf_dim_ordering_tf_kernels_{_V2_FILES[width]}_224.h5"
+        return Published(f"{KERAS_URL}mobilenet_v2/{file}")
+    if framework == "keras" and (v3 := _V3_FILES.get((str(model), width))):
+        file, digest = v3
+        return Published(f"{KERAS_URL}mobilenet_v3/weights_mobilenet_v3_{file}_float.h5", "md5", digest)
+    keras = [f"keras/{m}_{w:03d}" for m, ws in (("MobileNet", _V1_FILES), ("MobileNetV2", _V2_FILES)) for w in ws]
+    keras += [f"keras/{m}_{w:03d}" for m, w in _V3_FILES]
+    known = ", ".join([*(f"torchvision/{m}" for m in _TORCHVISION), *keras])
+    raise WeightsError(f"no published weights {name!r} are known; valid: {known}, and hf:timm/MODEL.TAG")
+
+
+def download(published: Published, path: Path) -> None:
+    """Download to `path`, which appears whole or not at all; what an earlier try left in PATH.part is continued.
+
+    Raises WeightsError for a download that breaks off, which the next one continues, and for one of wrong content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(published.url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+            start = start if response.status == 206 else 0
+            total = start + int(response.headers["Content-Length"])
+            with part.open("ab" if start else "wb") as file:
+                while chunk := response.read(_CHUNK):
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+    except (OSError, HTTPException) as error:
+        if not (isinstance(error, urllib.error.HTTPError) and error.code == 416):  # nothing is left to ask for
+            raise WeightsError(f"{published.url} cannot be downloaded: {error}") from error
+        total = start
+    if part.stat().st_size < total:
+        raise WeightsError(
+            f"{published.url} broke off after {part.stat().st_size:,} of {total:,} bytes; the same command continues"
+        )
+    with part.open("rb") as file:
+        digest = hashlib.file_digest(file, published.algorithm).hexdigest()
+    if not digest.startswith(published.digest):
+        part.unlink()
+        raise WeightsError(
+            f"what {published.url} gave has {published.algorithm} {digest}, not {published.digest}...: it was deleted"
+        )
+    part.replace(path)
+
+
+def _fetch_from_hub(repository: str, *, offline: bool) -> tuple[Path, str, Preprocessing]:
+    """The same of a timm model on the Hugging Face hub, whose library keeps a cache of its own."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise WeightsError("names with hf: need huggingface_hub: pip install 'mobilenet_jax[hub]'") from error
+    try:
+        path = hf_hub_download(repository, "model.safetensors", local_files_only=offline)
+        config = json.loads(Path(hf_hub_download(repository, "config.json", local_files_only=offline)).read_text())
+    except (OSError, ValueError) as error:  # all of the library's are of these kinds
+        raise WeightsError(f"hf:{repository} cannot be had: {str(error).splitlines()[0]}") from error
+    try:
+        given = config["pretrained_cfg"]
+        preprocessing = Preprocessing(
+            mean=tuple(255 * x for x in given["mean"]),
+            std=tuple(255 * x for x in given["std"]),
+            image_size=given["input_size"][-1],
+            crop_share=given["crop_pct"],
+            interpolation=given["interpolation"],
+        )
+        return Path(path), f"timm/{config['architecture']}.{given['tag']}", preprocessing
+    except (KeyError, TypeError) as error:
+        raise WeightsError(f"the config.json of hf:{repository} is not timm's: {error} is missing") from error
