@@ -1,4 +1,4 @@
-"""torchvision's MobileNets, timm's V1 and V4, in PyTorch: eager, channels_last, in evaluation batch norm is not folded."""
+"""torchvision's MobileNets, timm's V1 and V4, in PyTorch: eager, channels_last, batch norm not folded."""
 
 import time
 
