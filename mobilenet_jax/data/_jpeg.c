@@ -171,8 +171,9 @@ static int run_read_crop(Job *job) {
   set_error_handlers(job);
   if (setjmp(job->escape)) return 0;
   read_header(job);
+  int right = (int)decoder->image_width - job->left, below = (int)decoder->image_height - job->top;
   if (job->left < 0 || job->top < 0 || job->width < 1 || job->height < 1) return 0;
-  if (job->width > (int)decoder->image_width - job->left || job->height > (int)decoder->image_height - job->top) return 0;
+  if (job->width > right || job->height > below) return 0;
   decoder->out_color_space = JCS_EXT_RGBX;
   jpeg_start_decompress(decoder);
   JDIMENSION first = job->left < MARGIN ? 0 : job->left - MARGIN, last = job->left + job->width + MARGIN;
