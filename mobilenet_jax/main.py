@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from mobilenet_jax.malloc import describe_allocator, restart_tuned
+
 _START = time.perf_counter()
 
 
@@ -105,9 +107,7 @@ def configure_jax(flags: argparse.Namespace) -> None:
     """Join the other processes, if any, keep compiled programs on disk, and a CPU's buffers in memory."""
     import jax
 
-    from mobilenet_jax.malloc import keep_freed_memory
-
-    print(keep_freed_memory(), file=sys.stderr)
+    print(describe_allocator(), file=sys.stderr)
     if flags.compilation_cache != "off":
         jax.config.update("jax_compilation_cache_dir", str(Path(flags.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -183,4 +183,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_tuned()
     sys.exit(main())

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from mobilenet_jax.malloc import tuned_environment
+
 _ROOT = Path(__file__).resolve().parents[2]
 _WORKERS = Path(__file__).resolve().parent / "workers"
 _OWN_SIDES = ("ours", "flax")
@@ -130,6 +132,8 @@ def start_worker(side: str, case: Mapping, *, python: str) -> Worker:
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # compile times are those of a first time
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
+    if side == "ours":  # as main runs it; the peers as their users run them
+        environment |= tuned_environment()
     if side in _OWN_SIDES:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     command = [python, _WORKERS / SIDES[case["what"]][side]]

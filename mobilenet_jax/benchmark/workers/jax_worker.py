@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from protocol import Run, serve
 
-from mobilenet_jax.malloc import keep_freed_memory
+from mobilenet_jax.malloc import describe_allocator
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import MobileNet, create_model
 from mobilenet_jax.sharding import make_key, make_mesh, put_batch, replicate, shard_train_step
@@ -22,8 +22,6 @@ GREY = (127.5, 127.5, 127.5)
 def load(case: dict) -> tuple[Run, dict]:
     """The compiled step of a case, for `train` and `memory` the training step, for `infer` the forward pass."""
     jax.config.update("jax_num_cpu_devices", case["devices"])
-    # Peers run as their users run them: untuned.
-    malloc = keep_freed_memory() if case["side"] == "ours" else "malloc: as it is"
     options = {**case["options"], "lowering": LOWERINGS[case["side"]]}
     model = create_model(case["name"], width=case["width"], **options)
     size, count = case["resolution"], case["batch_size"]
@@ -34,7 +32,7 @@ def load(case: dict) -> tuple[Run, dict]:
     assert memory is not None
     about |= {
         "versions": {"jax": jax.__version__},
-        "malloc": malloc,
+        "malloc": describe_allocator(),
         "devices": sorted({d.device_kind for d in jax.devices()}),
         "temporary_bytes": memory.temp_size_in_bytes,  # of one device
         "temporary_bytes_per_image": memory.temp_size_in_bytes * jax.device_count() / count,
