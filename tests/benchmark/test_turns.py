@@ -117,13 +117,14 @@ def test_sides_take_turns_of_equal_length_in_alternating_order(sides, tmp_path):
     sides(log, ours=take("ours", "0.5"), torch=take("torch", "turn"))
     result = measure(CASE, ["ours", "torch"], pythons={}, rounds=3, seconds=4)
     order = [line.split() for line in log.read_text().splitlines()]
-    # Warm-up, then a step to see how many a turn has (4 / 0.5, and 4 / 2), then three rounds.
+    # Warm-up, then a step to see how many a turn has (4 / 0.5, and 4 / 2), then three rounds of one untimed step and those.
     assert order[:4] == [["torch", "1"], ["ours", "1"], ["ours", "1"], ["torch", "1"]]
-    assert order[4:] == [["torch", "2"], ["ours", "8"], ["ours", "8"], ["torch", "2"], ["torch", "2"], ["ours", "8"]]
+    assert order[4::2] == [[side, "1"] for side in ("torch", "ours", "ours", "torch", "torch", "ours")]
+    assert order[5::2] == [["torch", "2"], ["ours", "8"], ["ours", "8"], ["torch", "2"], ["torch", "2"], ["ours", "8"]]
     assert result["sides"]["ours"]["seconds"] == [0.5] * 3
-    assert result["sides"]["torch"]["seconds"] == [3, 4, 5]
-    # of each round by itself: 3 / 0.5, 4 / 0.5, 5 / 0.5
-    assert result["ratios"] == {"torch": {"median": 8, "min": 6, "max": 10}}
+    assert result["sides"]["torch"]["seconds"] == [4, 6, 8]
+    # of each round by itself: 4 / 0.5, 6 / 0.5, 8 / 0.5
+    assert result["ratios"] == {"torch": {"median": 12, "min": 8, "max": 16}}
 
 
 def test_others_go_on_when_a_side_dies_or_is_absent(sides, tmp_path):
