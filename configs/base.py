@@ -30,12 +30,17 @@ def get_config() -> ml_collections.ConfigDict:
     model.stride_one = ()  # which stride-2 rows, counted from the stem (0), run at stride 1: small images
     model.output_stride = placeholder(int)  # 8 | 16 | 32: later strides become dilations; none: as the table
     model.activation = placeholder(str)  # relu | relu6 | hard_swish | gelu everywhere; none: as the table has it
+    model.hard_swish_from = placeholder(int)  # first block with hard-swish, those before it ReLU; none: the table's
     model.projection_activation = placeholder(str)  # linear | relu6; none: linear, the paper's bottleneck
     model.shortcut = placeholder(str)  # bottleneck | expansion | none (the string); unset: bottleneck
+    model.sum_activation = placeholder(str)  # linear | relu6, behind a residual's sum; none: linear
     model.expansion = placeholder(float)  # expansion factor of every row that expands; none: the table's
     model.se_ratio = placeholder(float)  # squeeze-excite width over expanded width; 0 removes; none: table
     model.se_rounding = placeholder(str)  # div8 | int; none: div8
     model.se_gate = placeholder(str)  # hard_sigmoid | sigmoid | hard_swish; none: hard_sigmoid
+    # regular | separable | linear_bottleneck | inverted_residual (1801.04381 Fig. 2); none: the table's
+    model.block_form = placeholder(str)
+    model.shallow = placeholder(bool)  # leave out the longest run of equal blocks; none: all stay
     model.head_width = placeholder(int)  # channels of the last layer before the classifier; none: table
     model.init = "he"  # he (torchvision, timm) | slim (truncated normal)
     model.dropout = 0.2  # share of the classifier's input dropped

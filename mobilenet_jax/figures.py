@@ -1,13 +1,15 @@
-"""Pictures of a finished run: its learning curves and its confusion matrix, as PNG files."""
+"""Pictures of a finished run (learning curves, confusion matrix) and of a study's runs, as PNG files."""
 
+import itertools
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 MAX_CLASSES = 100  # of a confusion matrix; beyond, a cell is smaller than a few pixels
 _MAX_CLASSES_WITH_COUNTS = 20
@@ -18,6 +20,10 @@ _SERIES = (
     ("eval", "evaluation", "#0072B2", 1.8, 2),
     ("eval_ema", "evaluation, EMA", "#D55E00", 1.8, 3),
 )
+# Of variants: the rest of Okabe and Ito's colours, black last; after eight they come again, dashed.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
+_STYLES = [(color, line) for line in ("-", "--", ":") for color in _COLORS]
+Estimate = tuple[Sequence[float], float, float]  # single values, mean, half the width of its interval
 
 
 def draw_curves(metrics: Sequence[dict], path: str | os.PathLike, *, title: str) -> None:
@@ -110,4 +116,97 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], path: str | o
             color = "white" if shares[row, column] > 0.35 else "black"
             count = f"{matrix[row, column]:,}"
             axes.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
+    figure.savefig(path, format="png")
+
+
+def draw_variants(
+    estimates: Mapping[str, Estimate],
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    base: str,
+    path: str | os.PathLike,
+    *,
+    title: str,
+) -> None:
+    """Draws each variant's top-1 with its 95% interval and single runs, and beside it the learning curves: a PNG.
+
+    Args:
+      estimates: {variant: (top-1 of each run in %, mean, half the width of the interval, nan where there is none)}.
+      curves: {variant: a list for each run of (epoch, top-1 as a share)}; drawn are mean and standard deviation.
+      base: the variant whose mean is drawn as a line through all.
+      path: of the PNG.
+      title: above both panels.
+    """
+    figure = Figure(figsize=(11, max(3.5, 1.6 + 0.42 * len(estimates))), dpi=120, layout="constrained")
+    axes, curve_axes = figure.subplots(1, 2)
+    styles = dict(zip(estimates, itertools.cycle(_STYLES), strict=False))
+    for row, (variant, (values, mean, half)) in enumerate(estimates.items()):
+        color = styles[variant][0]
+        axes.plot(values, [row + 0.18] * len(values), "o", color=color, markersize=3.5, alpha=0.6)
+        axes.errorbar(mean, row, xerr=None if math.isnan(half) else half, fmt="D", color=color, capsize=4, markersize=6)
+        axes.annotate(f"{mean:.2f}", (mean, row), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+    if base in estimates:
+        axes.axvline(estimates[base][1], color="#bbbbbb", linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(estimates)), [f"{name} (base)" if name == base else name for name in estimates])
+    axes.set_ylim(len(estimates) - 0.4, -0.6)
+    axes.set_xlabel("top-1, %: mean with 95% interval; dots: single runs")
+    for variant, runs in curves.items():
+        color, line = styles[variant]
+        epochs = [epoch for epoch, _ in min(runs, key=len)]
+        points = 100 * np.array([[top1 for _, top1 in run[: len(epochs)]] for run in runs])
+        mean, spread = points.mean(0), points.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(epochs))
+        curve_axes.plot(epochs, mean, line, color=color, marker="o", markersize=3, label=variant)
+        curve_axes.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
+    curve_axes.set_xlabel("epoch; band: standard deviation over runs")
+    curve_axes.set_ylabel("top-1, %")
+    curve_axes.legend(frameon=False, fontsize=8)
+    _finish_study(figure, path, title)
+
+
+def draw_frontier(
+    estimates: Mapping[str, Estimate],
+    madds: Mapping[str, int],
+    lines: Mapping[str, Sequence[str]],
+    path: str | os.PathLike,
+    *,
+    title: str,
+) -> None:
+    """Draws top-1 with its 95% interval against multiply-adds, on a logarithmic axis: a PNG.
+
+    Args:
+      estimates: as `draw_variants` has them.
+      madds: {variant: multiply-adds of an image}.
+      lines: {label: variants that a line joins}; those without an estimate are left out.
+      path: of the PNG.
+      title: above the panel.
+    """
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for (label, variants), (color, style) in zip(lines.items(), itertools.cycle(_STYLES), strict=False):
+        known = sorted((variant for variant in variants if variant in estimates), key=lambda variant: madds[variant])
+        if not known:
+            continue
+        costs, means = [madds[variant] for variant in known], [estimates[variant][1] for variant in known]
+        halves = np.nan_to_num([estimates[variant][2] for variant in known])
+        axes.errorbar(costs, means, yerr=halves, fmt=f"o{style}", color=color, capsize=4, label=label or None)
+        for variant in known:
+            values = estimates[variant][0]
+            axes.plot([madds[variant]] * len(values), values, ".", color=color, markersize=4, alpha=0.6)
+            place = (madds[variant], estimates[variant][1])
+            axes.annotate(variant, place, (6, -10), textcoords="offset points", fontsize=8, color=color)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_minor_formatter(EngFormatter() if len(madds) < 6 else NullFormatter())
+    axes.set_xlabel("multiply-adds an image")
+    axes.set_ylabel("top-1, %: mean with 95% interval; dots: single runs")
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    _finish_study(figure, path, title)
+
+
+def _finish_study(figure: Figure, path: str | os.PathLike, title: str) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+    figure.suptitle(title)
     figure.savefig(path, format="png")

@@ -62,8 +62,9 @@ def load_config(path: str, overrides: list[str]):
     if not file.is_file():
         known = ", ".join(sorted(str(p) for p in file.parent.glob("*.py") if p.stem not in ("base", "datasets")))
         raise UsageError(f"{file} is not a file; valid: {known or 'the path of a config file'}")
-    # Config files import each other as `configs.NAME`, from wherever the command runs.
-    sys.path.insert(0, str(file.absolute().parent.parent))
+    # Config files import each other as `configs.NAME`, from wherever the command runs; those of studies lie deeper.
+    folders = file.absolute().parents
+    sys.path.insert(0, str(next((f for f in folders if f.name == "configs"), folders[0]).parent))
 
     def read(arguments: list[str]):
         command = ["main", f"--config={path}", *arguments]

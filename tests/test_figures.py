@@ -3,7 +3,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mobilenet_jax.figures import draw_confusion, draw_curves
+from mobilenet_jax.figures import draw_confusion, draw_curves, draw_frontier, draw_variants
 
 
 @pytest.fixture
@@ -90,3 +90,45 @@ def test_matrix_that_cannot_be_drawn_is_refused(tmp_path, matrix, message):
     with pytest.raises(ValueError, match=message):
         draw_confusion(matrix, [str(i) for i in range(len(matrix))], tmp_path / "confusion.png")
     assert not list(tmp_path.iterdir())
+
+
+ESTIMATES = {"wide": ([90.0, 92.0], 91.0, 1.5), "narrow": ([85.0], 85.0, float("nan"))}
+
+
+def _bars(axes):
+    """(place of the mean, low and high end of its interval) of each error bar."""
+    found = []
+    for container in axes.containers:
+        (mean, _, lines) = container.lines
+        ends = [segment.tolist() for line in lines for segment in line.get_segments()]
+        found += [(tuple(place), ends[i] if ends else None) for i, place in enumerate(mean.get_xydata().tolist())]
+    return found
+
+
+def test_variants_have_means_intervals_runs_and_curves_in_order(tmp_path, figures):
+    curves = {"wide": [[(1, 0.5), (2, 0.9)], [(1, 0.7), (2, 0.92)]], "narrow": [[(1, 0.4), (2, 0.85)]]}
+    draw_variants(ESTIMATES, curves, "wide", tmp_path / "figure.png", title="a study")
+    axes, curve_axes = figures[0].axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["wide (base)", "narrow"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first on top
+    assert _bars(axes) == [((91.0, 0.0), [[89.5, 0.0], [92.5, 0.0]]), ((85.0, 1.0), None)]
+    dots = [line.get_xdata() for line in axes.get_lines() if line.get_markersize() == 3.5]
+    assert [list(values) for values in dots] == [[90.0, 92.0], [85.0]]
+    assert [text.get_text() for text in axes.texts] == ["91.00", "85.00"]
+    assert _curves(curve_axes) == {"wide": [[1.0, 60.0], [2.0, 91.0]], "narrow": [[1.0, 40.0], [2.0, 85.0]]}
+    band = curve_axes.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(91 + 2**0.5)
+    assert band[:, 1].min() == pytest.approx(60 - 10 * 2**0.5)
+
+
+def test_frontier_joins_each_line_by_multiply_adds(tmp_path, figures):
+    estimates = {**ESTIMATES, "small": ([80.0, 82.0], 81.0, 2.0)}
+    madds = {"wide": 4000, "narrow": 1000, "small": 2000, "absent": 1}
+    lines = {"32 px": ["wide", "narrow", "absent"], "16 px": ["small"], "8 px": ["absent"]}
+    draw_frontier(estimates, madds, lines, tmp_path / "figure.png", title="a study")
+    (axes,) = figures[0].axes
+    assert axes.get_xscale() == "log"
+    assert [place for place, _ in _bars(axes)] == [(1000.0, 85.0), (4000.0, 91.0), (2000.0, 81.0)]
+    assert [ends for _, ends in _bars(axes)][1:] == [[[4000, 89.5], [4000, 92.5]], [[2000, 79.0], [2000, 83.0]]]
+    assert {text.get_text() for text in axes.texts} == {"wide", "narrow", "small"}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["32 px", "16 px"]

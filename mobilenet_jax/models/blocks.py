@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from mobilenet_jax.models.attention import attend
 from mobilenet_jax.models.layers import (
+    ACTIVATIONS,
     ANTIALIASES,
     ConvNorm,
     LayerScale,
@@ -54,6 +55,7 @@ class ResidualBlock(nn.Module):
     row: Residual
     in_channels: int
     shortcut: str
+    sum_activation: str
     drop_rate: float
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
@@ -68,7 +70,7 @@ class ResidualBlock(nn.Module):
         if self.shortcut == "bottleneck" and self.row.has_residual(self.in_channels):
             if self.drop_rate and not deterministic:
                 y = drop_path(y, self.drop_rate, self.make_rng("dropout"))
-            y = x + y
+            y = ACTIVATIONS[self.sum_activation](x + y)
         return y, wide if self.shortcut == "expansion" else None
 
     def branch(self, x: jax.Array, wide: Wide, running: bool) -> tuple[jax.Array, Wide]:

@@ -77,7 +77,7 @@ class MobileNet(nn.Module):
             else:
                 rate = spec.drop_path * (1 if spec.drop_path_flat else i / len(spec.blocks))
                 block = self._remat(RESIDUAL_BLOCKS[type(row)], (3, 4))(
-                    row, channels, spec.shortcut, rate, conv, norm, dense, name=name
+                    row, channels, spec.shortcut, spec.sum_activation, rate, conv, norm, dense, name=name
                 )
                 x, wide = block(x, wide, running, not train)
             maps[name] = x
@@ -131,10 +131,10 @@ def create_model(
 ) -> MobileNet:
     """The module `name` (see `zoo.MODELS`) at a width, as the framework of `convention` builds it.
 
-    `options` are those of `spec.OPTIONS`: activation, projection_activation, shortcut, expansion, se_ratio,
-    se_rounding, se_gate, head_width, stride_one, output_stride, init, dropout, drop_path, drop_path_flat,
-    bn_decay, bn_epsilon. Raises ValueError, in one sentence with the valid values, for an unknown name or an impossible
-    value.
+    `options` are those of `spec.OPTIONS`: activation, hard_swish_from, projection_activation, shortcut,
+    sum_activation, expansion, se_ratio, se_rounding, se_gate, block_form, shallow, head_width, stride_one,
+    output_stride, init, dropout, drop_path, drop_path_flat, bn_decay, bn_epsilon. Raises ValueError, in one sentence
+    with the valid values, for an unknown name or an impossible value.
     """
     spec = make_spec(name, width=width, num_classes=num_classes, convention=convention, **options)
     return MobileNet(

@@ -7,11 +7,13 @@ and by `cost.py`, which counts. Both see the same `Op`s, so what is counted is w
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import get_args, get_origin, get_type_hints
 
 ACTIVATIONS = ("linear", "relu", "relu6", "hard_swish", "gelu")
 PADDINGS = ("same", "symmetric", "keras_v1")
 SHORTCUTS = ("bottleneck", "expansion", "none")
+BLOCK_FORMS = ("regular", "separable", "linear_bottleneck", "inverted_residual")
 SE_GATES = ("hard_sigmoid", "sigmoid", "hard_swish")
 SE_ROUNDINGS = ("div8", "int")
 INITS = ("he", "slim")
@@ -404,6 +406,7 @@ class Spec:
     bn_epsilon: float = 1e-3
     bn_decay: float = 0.99  # share of the running statistics kept at each step
     shortcut: str = "bottleneck"
+    sum_activation: str = "linear"  # behind the sum of a residual between bottlenecks
     dropout: float = 0.2
     drop_path: float = 0.0  # drop rate of the last block's residual branch; earlier ones have less, linearly
     drop_path_flat: bool = False  # the same rate for every block
@@ -415,6 +418,7 @@ class Spec:
     def __post_init__(self):
         check_choice("padding", self.padding, PADDINGS)
         check_choice("shortcut", self.shortcut, SHORTCUTS)
+        check_choice("sum_activation", self.sum_activation, ACTIVATIONS)
         check_choice("init", self.init, INITS)
         for key, value in (("dropout", self.dropout), ("drop_path", self.drop_path)):
             check_share(key, value)
@@ -479,6 +483,18 @@ def with_activation(spec: Spec, activation: str) -> Spec:
     return replace(spec, hidden_activation=activation) if spec.hidden else spec
 
 
+def with_hard_swish_from(spec: Spec, first: int) -> Spec:
+    """Hard-swish in the blocks from `first` (0) on, ReLU in those before it; stem and last layers stay.
+
+    Of V3-Large, 6 is the table (h-swish from 80 channels on), 0 and 10 are "h-swish @16" and "@112" of 1905.02244
+    Table 5.
+    """
+    if first not in range(len(spec.blocks) + 1):
+        raise ValueError(f"hard_swish_from is {first}; {spec.name} has {len(spec.blocks)} blocks: 0 to that is valid")
+    late = with_activation(spec, "hard_swish").blocks[first:]
+    return replace(spec, blocks=with_activation(spec, "relu").blocks[:first] + late)
+
+
 def with_projection_activation(spec: Spec, activation: str) -> Spec:
     """`linear` is V2's linear bottleneck, `relu6` the ablation of 1801.04381 Fig. 6a."""
     change = lambda row: replace(row, projection_activation=activation)  # noqa: E731
@@ -492,6 +508,11 @@ def with_shortcut(spec: Spec, shortcut: str) -> Spec:
     channels agree: ten times in V2 at width 1, as often as the bottlenecks'.
     """
     return replace(_map_inverted(spec, "shortcut", lambda row: row), shortcut=shortcut)
+
+
+def with_sum_activation(spec: Spec, activation: str) -> Spec:
+    """An activation behind the sum of each residual; beside relu6 projections it leaves no map linear."""
+    return replace(_map_inverted(spec, "sum_activation", lambda row: row), sum_activation=activation)
 
 
 def with_expansion(spec: Spec, factor: float) -> Spec:
@@ -529,6 +550,45 @@ def _with_se_field(option: str, field: str) -> Callable[[Spec, str], Spec]:
         return _map_inverted(spec, option, change)
 
     return with_field
+
+
+def with_block_form(spec: Spec, form: str) -> Spec:
+    """Every block in one of the four forms of 1801.04381 Fig. 2, with the channels and strides of the table.
+
+    `regular` is one full convolution: of V1, 1704.04861 Table 4. `separable` is V1's depthwise and pointwise.
+    `linear_bottleneck` is V2 without its residuals: 2c and 2d are the same layers when stacked. `inverted_residual`
+    is V2.
+    """
+    check_choice("block_form", form, BLOCK_FORMS)
+
+    def change(row: Row) -> Row:
+        inverted = isinstance(row, InvertedResidual)
+        if inverted and form in ("linear_bottleneck", "inverted_residual"):
+            return replace(row, skip=row.skip and form == "inverted_residual")
+        if (isinstance(row, Separable) or (inverted and not row.se)) and form in ("regular", "separable"):
+            return (Conv if form == "regular" else Separable)(
+                filters=row.filters,
+                kernel=row.kernel,
+                stride=row.stride,
+                dilation=row.dilation,
+                activation=row.activation,
+            )
+        having = " with squeeze-excite (se_ratio=0 removes it)" if inverted else ""
+        raise ValueError(
+            f"block_form {form!r} does not apply to {spec.name}: it has {type(row).__name__} blocks{having}"
+        )
+
+    return replace(spec, blocks=tuple(change(row) for row in spec.blocks))
+
+
+def with_shallow(spec: Spec, shallow: bool) -> Spec:
+    """Without the longest run of equal blocks: of V1 the five of 14x14x512 (1704.04861 Table 5)."""
+    runs = [list(run) for _, run in groupby(range(len(spec.blocks)), key=lambda i: spec.blocks[i])]
+    longest = max(runs, key=len)
+    if shallow and len(longest) == 1:
+        raise ValueError(f"shallow does not apply to {spec.name}: it has no two equal blocks in a row")
+    kept = (row for i, row in enumerate(spec.blocks) if not (shallow and i in longest))
+    return replace(spec, blocks=tuple(kept))
 
 
 def with_head_width(spec: Spec, width: int) -> Spec:
@@ -588,15 +648,20 @@ def _with_field(field: str) -> Callable[..., Spec]:
 
 
 # What `create_model`, the config's model section and the command line can change, in the order of
-# application: squeeze-excite is sized after the expansion, and dilation follows the strides.
+# application: squeeze-excite is sized after the expansion, blocks take other forms when their channels are known, and
+# dilation follows the strides.
 OPTIONS: dict[str, Callable[..., Spec]] = {
     "activation": with_activation,
+    "hard_swish_from": with_hard_swish_from,
     "projection_activation": with_projection_activation,
     "shortcut": with_shortcut,
+    "sum_activation": with_sum_activation,
     "expansion": with_expansion,
     "se_ratio": with_se_ratio,
     "se_rounding": _with_se_field("se_rounding", "rounding"),
     "se_gate": _with_se_field("se_gate", "gate"),
+    "block_form": with_block_form,
+    "shallow": with_shallow,
     "head_width": with_head_width,
     "stride_one": with_stride_one,
     "output_stride": with_output_stride,
@@ -647,12 +712,16 @@ def from_json(data: dict) -> Spec:
     return spec
 
 
+# Fields that older files lack, with what those networks have.
+_YOUNG_FIELDS = {"sum_activation": "linear"}
+
+
 def _read_fields(cls: type, data: dict, where: str):
     """`cls` of the entries of `data`, each of the field's type; nested dataclasses from dicts."""
     hints, values = get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         valid = get_args(hints[field.name]) or (hints[field.name],)
-        value = data.get(field.name)
+        value = data.get(field.name, _YOUNG_FIELDS.get(field.name))
         nested = [kind for kind in valid if dataclasses.is_dataclass(kind)]
         if isinstance(value, dict) and len(nested) == 1:
             value = _read_fields(nested[0], value, f"{where}.{field.name}")  # pyright: ignore[reportArgumentType]

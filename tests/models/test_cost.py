@@ -12,7 +12,7 @@ import pytest
 
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.network import MobileNet
-from mobilenet_jax.models.spec import Conv, MultiQueryAttention, Separable
+from mobilenet_jax.models.spec import BLOCK_FORMS, Conv, MultiQueryAttention
 from mobilenet_jax.models.zoo import MODELS, make_spec
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())["rows"]
@@ -156,6 +156,21 @@ def _traced_madds(model, size):
     return total
 
 
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("mobilenet_v1", {"block_form": "regular", "width": 0.25}),
+        ("mobilenet_v1", {"shallow": True}),
+        *(("mobilenet_v2", {"block_form": form}) for form in BLOCK_FORMS[:3]),
+    ],
+    ids=str,
+)
+def test_multiply_adds_of_other_forms_are_those_of_the_trace(model, options):
+    spec = make_spec(model, **options)
+    module = MobileNet(spec, lowering="plain")
+    assert _traced_madds(module, 64) == compute_cost(spec, 64).madds
+
+
 @pytest.mark.parametrize("lowering", ["plain", "auto"])
 @pytest.mark.parametrize(
     ("model", "convention", "size"),
@@ -201,9 +216,7 @@ def test_v1_with_standard_convolutions():
 @pytest.mark.parametrize(("width", "size", "convention"), [(1.0, 224, "timm"), (0.5, 97, "timm"), (0.25, 64, "keras")])
 def test_standard_twin_is_the_network_of_full_convolutions(width, size, convention):
     spec = make_spec("mobilenet_v1", width=width, convention=convention)
-    rows = [row for row in spec.blocks if isinstance(row, Separable)]
-    twin = replace(spec, blocks=tuple(Conv(filters=row.filters, stride=row.stride) for row in rows))
-    cost = compute_cost(twin, size)
+    cost = compute_cost(make_spec("mobilenet_v1", width=width, convention=convention, block_form="regular"), size)
     assert compute_cost(spec, size).standard == (cost.params, cost.madds)
 
 

@@ -131,7 +131,7 @@ class Textbook:
             y = y * GATES[row.se.gate](self.dense(squeezed, f"{path}/se/expand"))[:, None, None]
         y = self.conv_norm(y, f"{path}/project", row.projection_activation)
         if self.spec.shortcut == "bottleneck" and row.stride == 1 and row.skip and y.shape == x.shape:
-            y = x + y
+            y = ACTIVATIONS[self.spec.sum_activation](x + y)
         return y, wide
 
     def bottleneck(self, x, row, path):
@@ -187,7 +187,7 @@ class Textbook:
                 x = self.conv_norm(x, f"{path}/depthwise", row.activation, stride=row.stride, dilation=row.dilation)
                 x = self.conv_norm(x, f"{path}/pointwise", row.activation)
             elif isinstance(row, Conv):
-                x = self.conv_norm(x, path, row.activation, stride=row.stride)
+                x = self.conv_norm(x, path, row.activation, stride=row.stride, dilation=row.dilation)
             elif isinstance(row, MultiQueryAttention):
                 x = self.attention(x, row, path)
             elif not isinstance(row, InvertedResidual):
@@ -299,12 +299,13 @@ CASES = [
     ),
     ("mobilenet_v3_large", {"convention": "keras"}, (50, 39)),
     ("mobilenet_v3_small_minimalistic", {"convention": "timm_tf"}, (46, 45)),
+    ("mobilenet_v2", {"projection_activation": "relu6", "sum_activation": "relu6", "keep": 6}, (34, 31)),
     # Fused, extra depthwise, feed-forward, attention on a smaller map.
     ("mobilenet_v4_hybrid_medium", {"convention": "timm", "keep": HYBRID}, (70, 53)),
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "size"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(("name", "options", "size"), CASES, ids=str)
 def test_lowerings_and_textbook_agree_in_float64(name, options, size):
     """Logits, features, statistics and gradients: 1e-10 of the largest value, in both modes."""
     spec = _small(name, **options)
@@ -350,6 +351,10 @@ VARIANTS = [
     ("mobilenet_v2", {"shortcut": "none", "projection_activation": "relu6"}),
     ("mobilenet_v2", {"se_ratio": 0.5, "se_gate": "sigmoid", "convention": "timm"}),
     ("mobilenet_v2", {"expansion": 1, "stride_one": (0, 2)}),
+    ("mobilenet_v2", {"block_form": "regular", "output_stride": 8, "keep": 10}),
+    ("mobilenet_v2", {"block_form": "linear_bottleneck", "keep": 5}),
+    ("mobilenet_v3_large", {"hard_swish_from": 3, "keep": 5}),
+    ("mobilenet_v1", {"shallow": True, "keep": None}),
     ("mobilenet_v3_large", {"output_stride": 8}),
     ("mobilenet_v1", {"output_stride": 8, "convention": "timm_tf", "stride_one": (0,)}),
     ("mobilenet_v4_conv_small", {"keep": 12, "stride_one": (0,)}),  # inverted, ConvNext-like, plain convolutions

@@ -8,6 +8,7 @@ import pytest
 
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.spec import (
+    BLOCK_FORMS,
     OPTIONS,
     Conv,
     FusedInvertedResidual,
@@ -311,6 +312,56 @@ def test_projection_activation():
     assert [op.activation for row, c in _blocks(spec) for op in row.ops(c) if op.name == "project"] == 17 * ["relu6"]
 
 
+def test_sum_activation():
+    assert make_spec("mobilenet_v2").sum_activation == "linear"
+    assert make_spec("mobilenet_v2", sum_activation="relu6").sum_activation == "relu6"
+    old = to_json(make_spec("mobilenet_v2"))
+    del old["sum_activation"]  # as files have it that are older than the field
+    assert from_json(old) == make_spec("mobilenet_v2")
+
+
+def test_hard_swish_from_counts_blocks():
+    """Of V3-Large: 6 is the table, 0 has it everywhere; stem and last layers keep it always."""
+    assert make_spec("mobilenet_v3_large", hard_swish_from=6) == make_spec("mobilenet_v3_large")
+    everywhere = make_spec("mobilenet_v3_large", activation="hard_swish")
+    assert make_spec("mobilenet_v3_large", hard_swish_from=0) == everywhere
+    late = make_spec("mobilenet_v3_large", hard_swish_from=10)
+    assert _activations(late) == ["hard_swish", *10 * ["relu"], *6 * ["hard_swish"]]
+    assert late.hidden_activation == "hard_swish"
+
+
+def test_block_forms_are_those_of_figure_2():
+    """1801.04381 Fig. 2: channels, kernels and strides of the table, other layers between."""
+    for name, forms in (("mobilenet_v1", ("regular", "separable")), ("mobilenet_v2", BLOCK_FORMS)):
+        for form in forms:
+            table, spec = make_spec(name), make_spec(name, block_form=form)
+            for row, original in zip(spec.blocks, table.blocks, strict=True):
+                fields = ("filters", "kernel", "stride", "dilation", "activation")
+                assert [getattr(row, f) for f in fields] == [getattr(original, f) for f in fields]
+            assert (spec.stem, spec.head) == (table.stem, table.head)
+    kinds = {form: {type(row) for row in make_spec("mobilenet_v2", block_form=form).blocks} for form in BLOCK_FORMS}
+    assert list(kinds.values()) == [{Conv}, {Separable}, {InvertedResidual}, {InvertedResidual}]
+    assert make_spec("mobilenet_v1", block_form="separable") == make_spec("mobilenet_v1")
+    assert make_spec("mobilenet_v2", block_form="inverted_residual") == make_spec("mobilenet_v2")
+    # The same layers without residuals; a row that has none does not gain one.
+    linear = make_spec("mobilenet_v2", block_form="linear_bottleneck", stride_one=(0, 1, 2, 3, 4))
+    assert not any(_residuals(linear))
+    assert compute_cost(linear, 32).params == 3_504_872
+    small = make_spec("mobilenet_v2", block_form="inverted_residual", stride_one=(0, 2))
+    assert sum(_residuals(small)) == 10
+    # Dilation and strides come after: they are what any row has.
+    dilated = make_spec("mobilenet_v2", block_form="regular", output_stride=8)
+    assert [row.dilation for row in dilated.blocks][-1] == 4
+
+
+def test_shallow_leaves_out_the_longest_run_of_equal_blocks():
+    full, spec = make_spec("mobilenet_v1"), make_spec("mobilenet_v1", shallow=True)
+    assert spec.blocks == full.blocks[:6] + full.blocks[11:]  # 1704.04861 Table 5: five of 14x14x512
+    assert {row.filters for row in full.blocks[6:11]} == {512}
+    assert make_spec("mobilenet_v1", shallow=False) == full
+    assert len(make_spec("mobilenet_v2", shallow=True).blocks) == 17 - 3
+
+
 def test_expansion():
     for factor in (3, 4.5):
         rows = _blocks(make_spec("mobilenet_v2", expansion=factor))
@@ -553,6 +604,26 @@ def test_json_of_rows_that_are_none_is_refused():
             "se_ratio does not apply to mobilenet_v1: it has no inverted residual",
         ),
         ("mobilenet_v1", {"shortcut": "none"}, "shortcut does not apply to mobilenet_v1"),
+        ("mobilenet_v1", {"sum_activation": "relu6"}, "sum_activation does not apply to mobilenet_v1"),
+        ("mobilenet_v2", {"sum_activation": "elu"}, "sum_activation is 'elu'; valid: linear, relu,"),
+        ("mobilenet_v2", {"hard_swish_from": 18}, "hard_swish_from is 18; mobilenet_v2 has 17 blocks: 0 to that"),
+        (
+            "mobilenet_v2",
+            {"block_form": "dense"},
+            "block_form is 'dense'; valid: regular, separable, linear_bottleneck",
+        ),
+        (
+            "mobilenet_v1",
+            {"block_form": "inverted_residual"},
+            "block_form 'inverted_residual' does not apply to mobilenet_v1: it has Separable blocks",
+        ),
+        (
+            "mobilenet_v3_large",
+            {"block_form": "separable"},
+            "it has InvertedResidual blocks with squeeze-excite (se_ratio=0 removes it)",
+        ),
+        ("mobilenet_v4_conv_small", {"block_form": "regular"}, "does not apply to mobilenet_v4_conv_small: it has"),
+        ("mobilenet_v3_small", {"shallow": True}, "shallow does not apply to mobilenet_v3_small: it has no two equal"),
         ("mobilenet_v1", {"expansion": 4}, "expansion does not apply to mobilenet_v1"),
         (
             "mobilenet_v1",

@@ -1,0 +1,39 @@
+"""The expansion factor.
+
+    python -m mobilenet_jax.ablate --config configs/ablations/expansion.py --workdir DIR
+
+Question: how much wider than its bottlenecks should a block be inside? Costs grow with the factor: read accuracy beside
+them.
+
+Paper: 1801.04381 takes 6 and has no table; by its sec. 4, factors between 5 and 10 do about equally well, the lower
+ones better in small networks, the higher ones in large networks.
+
+Found here: not run at length.
+"""
+
+from typing import Any
+
+from configs import datasets, v2
+
+
+def get_config(dataset: str = "fashion_mnist"):
+    config: Any = v2.get_config(dataset)
+    datasets.shorten(config, dataset)
+    return config
+
+
+def sweep() -> dict:
+    return {
+        "baseline": "t_6",
+        "variants": {
+            "t_1": {"model.expansion": 1.0},
+            "t_2": {"model.expansion": 2.0},
+            "t_4": {"model.expansion": 4.0},
+            "t_6": {},
+            "t_8": {"model.expansion": 8.0},
+        },
+        "published": {},
+        "source": "1801.04381 sec. 4: factors between 5 and 10 nearly the same; no table",
+        "figure": "points",
+        "series": "",
+    }

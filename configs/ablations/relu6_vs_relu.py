@@ -1,0 +1,34 @@
+"""ReLU6 or ReLU.
+
+    python -m mobilenet_jax.ablate --config configs/ablations/relu6_vs_relu.py --workdir DIR
+
+Question: does the bound of 6, there for arithmetic of low precision, cost accuracy in float32?
+
+Paper: 1801.04381 sec. 4 takes ReLU6 for its robustness in arithmetic of low precision; no figures.
+
+Found here: not run at length.
+"""
+
+from typing import Any
+
+from configs import datasets, v2
+
+
+def get_config(dataset: str = "fashion_mnist"):
+    config: Any = v2.get_config(dataset)
+    datasets.shorten(config, dataset)
+    return config
+
+
+def sweep() -> dict:
+    return {
+        "baseline": "relu6",
+        "variants": {
+            "relu6": {},
+            "relu": {"model.activation": "relu"},
+        },
+        "published": {},
+        "source": "1801.04381 sec. 4: robustness in low precision; no figures",
+        "figure": "points",
+        "series": "",
+    }

@@ -1,0 +1,36 @@
+"""The gate of squeeze-excite.
+
+    python -m mobilenet_jax.ablate --config configs/ablations/se_gate.py --workdir DIR
+
+Question: does the cheap hard sigmoid cost accuracy against the sigmoid it stands for?
+
+Paper: 1905.02244 sec. 5.2 saw no difference in accuracy between the hard versions of its functions and the smooth ones;
+no table. A hard-swish as the gate is a slip seen in other code: it is not bounded by 1.
+
+Found here: not run at length.
+"""
+
+from typing import Any
+
+from configs import datasets, v3_large
+
+
+def get_config(dataset: str = "fashion_mnist"):
+    config: Any = v3_large.get_config(dataset)
+    datasets.shorten(config, dataset)
+    return config
+
+
+def sweep() -> dict:
+    return {
+        "baseline": "hard_sigmoid",
+        "variants": {
+            "hard_sigmoid": {},
+            "sigmoid": {"model.se_gate": "sigmoid"},
+            "hard_swish": {"model.se_gate": "hard_swish"},
+        },
+        "published": {},
+        "source": "1905.02244 sec. 5.2: no difference seen; no table",
+        "figure": "points",
+        "series": "",
+    }
