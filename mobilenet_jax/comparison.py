@@ -171,7 +171,7 @@ def _format_interval(summary: Summary, sign: str) -> str:
 def _format_notes(study: Study, rows: Sequence[Mapping]) -> list[str]:
     data, finished = study.config.data, [row for row in rows if row["status"] == "finished"]
     counts = sorted({f"{row['count']:,}" for row in finished})
-    epochs = sorted({f"{row['epochs']:g}" for row in finished})
+    epochs = sorted({f"{row['epochs']:.3g}" for row in finished})
     notes = [
         f"Top-1 on {' or '.join(counts)} images of {data.source} after {' or '.join(epochs)} epochs. Intervals are "
         "Student's t over seeds; differences are in points, paired by seed, and not corrected for their number.",

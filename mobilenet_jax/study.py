@@ -132,8 +132,8 @@ def hash_config(flat: Mapping[str, Any]) -> str:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a run; None where it was never started.
 
-    "config" is flat; "status" is one of STATUSES; "seconds" is the time of all attempts that ended in order, by a signal
-    too, but not by kill -9; "error" says why a run failed.
+    "config" is flat; "status" is one of STATUSES; "seconds" is the time of all attempts that ended in order, be it by a
+    signal, but not by kill -9; "error" says why a run failed.
     """
     path = folder / RECORD_FILE
     if not path.exists():

@@ -59,8 +59,8 @@ def workdir(study, tmp_path) -> Path:
 def test_summary_is_student_s():
     summary = summarise([1.0, 2.0, 3.0])
     assert (summary.count, summary.mean, summary.deviation) == (3, 2.0, 1.0)
-    assert summary.half == pytest.approx(4.302652729911275 / math.sqrt(3), rel=1e-12)  # t(.975, 2), any table
-    assert summarise([1.0, 2.0]).half == pytest.approx(12.706204736432095 * 0.5, rel=1e-12)  # t(.975, 1)
+    assert summary.half == pytest.approx(4.302652729911275 / math.sqrt(3), rel=1e-9)  # t(.975, 2), any table
+    assert summarise([1.0, 2.0]).half == pytest.approx(12.706204736432095 * 0.5, rel=1e-9)  # t(.975, 1)
     one = summarise([0.25])
     assert (one.count, one.mean) == (1, 0.25)
     assert math.isnan(one.deviation)

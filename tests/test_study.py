@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from configs.ablations import shortcut, width
+from configs.ablations import shortcut, width_resolution
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.zoo import make_spec
 from mobilenet_jax.study import (
@@ -55,10 +55,11 @@ def test_all_variants_of_a_seed_come_first(study):
 
 
 def test_cost_is_that_of_the_variant_s_network():
-    study = Study(name="width", config=width.get_config("digits"), **width.sweep())
+    study = Study(name="width_resolution", config=width_resolution.get_config("digits"), **width_resolution.sweep())
     spec = make_spec("mobilenet_v1", width=0.5, num_classes=10, stride_one=(0,))
-    assert study.compute_cost("width_0.5", 10).params == compute_cost(spec, 32).params == 823_722
-    assert study.compute_cost("width_0.5", 10).madds == 12_167_168  # README, results
+    assert study.compute_cost("width_0.5_32px", 10).params == compute_cost(spec, 32).params == 823_722
+    assert study.compute_cost("width_0.5_32px", 10).madds == 12_167_168  # README, results
+    assert study.compute_cost("width_0.5_16px", 10).madds == compute_cost(spec, 16).madds
 
 
 def test_lines_of_a_frontier_share_a_value(study):
