@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 MAX_CLASSES = 100  # of a confusion matrix; beyond, a cell is smaller than a few pixels
 _MAX_CLASSES_WITH_COUNTS = 20
@@ -23,6 +23,7 @@ _SERIES = (
 # Of variants: the rest of Okabe and Ito's colours, black last; after eight they come again, dashed.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 _STYLES = [(color, line) for line in ("-", "--", ":") for color in _COLORS]
+_MAX_NAMED = 8  # variants in a frontier; more names would cover each other
 Estimate = tuple[Sequence[float], float, float]  # single values, mean, half the width of its interval
 
 
@@ -156,6 +157,7 @@ def draw_variants(
         mean, spread = points.mean(0), points.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(epochs))
         curve_axes.plot(epochs, mean, line, color=color, marker="o", markersize=3, label=variant)
         curve_axes.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
+    curve_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     curve_axes.set_xlabel("epoch; band: standard deviation over runs")
     curve_axes.set_ylabel("top-1, %")
     curve_axes.legend(frameon=False, fontsize=8)
@@ -175,7 +177,8 @@ def draw_frontier(
     Args:
       estimates: as `draw_variants` has them.
       madds: {variant: multiply-adds of an image}.
-      lines: {label: variants that a line joins}; those without an estimate are left out.
+      lines: {label: variants that a line joins}; those without an estimate are left out. Up to eight variants in all
+        are named.
       path: of the PNG.
       title: above the panel.
     """
@@ -191,11 +194,14 @@ def draw_frontier(
         for variant in known:
             values = estimates[variant][0]
             axes.plot([madds[variant]] * len(values), values, ".", color=color, markersize=4, alpha=0.6)
-            place = (madds[variant], estimates[variant][1])
-            axes.annotate(variant, place, (6, -10), textcoords="offset points", fontsize=8, color=color)
+            if len(estimates) <= _MAX_NAMED:
+                place = (madds[variant], estimates[variant][1])
+                axes.annotate(variant, place, (6, -12), textcoords="offset points", fontsize=8, color=color)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter())
-    axes.xaxis.set_minor_formatter(EngFormatter() if len(madds) < 6 else NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.15)  # room for the names
     axes.set_xlabel("multiply-adds an image")
     axes.set_ylabel("top-1, %: mean with 95% interval; dots: single runs")
     if len(lines) > 1:

@@ -32,6 +32,7 @@ def get_config(dataset="digits"):
     config = v1.get_config(dataset)
     config.model.width = 0.1
     config.model.shallow = True
+    config.model.lowering = "plain"  # compiles faster
     config.data.image_size = 16
     config.data.batch_size = 32
     config.train.steps = 6
