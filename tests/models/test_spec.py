@@ -22,6 +22,7 @@ from mobilenet_jax.models.spec import (
     pads,
     to_json,
     with_activation,
+    with_shallow,
 )
 from mobilenet_jax.models.zoo import CONVENTIONS, MODELS, make_spec
 
@@ -360,6 +361,8 @@ def test_shallow_leaves_out_the_longest_run_of_equal_blocks():
     assert {row.filters for row in full.blocks[6:11]} == {512}
     assert make_spec("mobilenet_v1", shallow=False) == full
     assert len(make_spec("mobilenet_v2", shallow=True).blocks) == 17 - 3
+    with pytest.raises(ValueError, match="shallow does not apply to mobilenet_v1: it has no two equal blocks in a row"):
+        with_shallow(replace(full, blocks=full.blocks[:4]), True)
 
 
 def test_expansion():
@@ -623,7 +626,6 @@ def test_json_of_rows_that_are_none_is_refused():
             "it has InvertedResidual blocks with squeeze-excite (se_ratio=0 removes it)",
         ),
         ("mobilenet_v4_conv_small", {"block_form": "regular"}, "does not apply to mobilenet_v4_conv_small: it has"),
-        ("mobilenet_v3_small", {"shallow": True}, "shallow does not apply to mobilenet_v3_small: it has no two equal"),
         ("mobilenet_v1", {"expansion": 4}, "expansion does not apply to mobilenet_v1"),
         (
             "mobilenet_v1",
