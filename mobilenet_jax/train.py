@@ -228,7 +228,7 @@ class Run:
         except (ValueError, OSError):
             self.close()
             raise
-        state, meta = restored or (fresh(variables), {"train": {}, "skipped": 0})
+        state, meta = restored or (jax.jit(fresh)(variables), {"train": {}, "skipped": 0})
         self.start_step = int(state.step)
         self._state: TrainState = replicate(state, self.mesh)
         self._train_mean = Mean()

@@ -8,6 +8,7 @@ the same numbers come from shifted slices, with gradients formulated alike.
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,40 @@ def depthwise_conv(
     compiled for. Raises ValueError for another `impl`.
     """
     check_choice("depthwise_impl", impl, IMPLEMENTATIONS)
-    grouped = functools.partial(grouped_conv, stride=stride, pads=pads, dilation=dilation)
     if impl == "feature_group_count":
-        return grouped(images, kernel)
-    shifted = lambda x, w: _shifted_sum(x, w, stride, pads, dilation)  # noqa: E731
-    if impl == "shifted_sum":
-        return shifted(images, kernel)
-    return lax.platform_dependent(images, kernel, cpu=shifted, default=grouped)
+        return grouped_conv(images, kernel, stride=stride, pads=pads, dilation=dilation)
+    return _convolve(images, kernel, _Geometry(stride, pads, dilation), impl)
+
+
+class _Geometry(NamedTuple):
+    stride: int
+    pads: Pads
+    dilation: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(images: jax.Array, kernel: jax.Array, geometry: _Geometry, impl: str) -> jax.Array:
+    grouped = functools.partial(grouped_conv, **geometry._asdict())
+    return _choose(impl, functools.partial(_shifted_sum, geometry=geometry), grouped, images, kernel)
+
+
+def _forward(images, kernel, geometry, impl):
+    return _convolve(images, kernel, geometry, impl), (images, kernel)
+
+
+def _backward(geometry, impl, residuals, gradient):
+    def grouped(images, kernel, gradient):
+        return jax.vjp(functools.partial(grouped_conv, **geometry._asdict()), images, kernel)[1](gradient)
+
+    return _choose(impl, functools.partial(_gradients, geometry=geometry), grouped, *residuals, gradient)
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _choose(impl, shifted, grouped, *arrays):
+    # Within the custom gradient, for JAX would trace both branches again to differentiate a choice of platform.
+    return shifted(*arrays) if impl == "shifted_sum" else lax.platform_dependent(*arrays, cpu=shifted, default=grouped)
 
 
 def grouped_conv(images: jax.Array, kernel: jax.Array, *, stride: int, pads: Pads, dilation: int) -> jax.Array:
@@ -51,44 +79,46 @@ def grouped_conv(images: jax.Array, kernel: jax.Array, *, stride: int, pads: Pad
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _shifted_sum(images: jax.Array, kernel: jax.Array, stride: int, pads: Pads, dilation: int) -> jax.Array:
-    padded = jnp.pad(images, ((0, 0), *pads, (0, 0)))
+# Jitted, that blocks of equal shapes are traced once.
+@functools.partial(jax.jit, static_argnames="geometry")
+def _shifted_sum(images, kernel, *, geometry):
+    stride, pads, dilation = geometry
+    padded = _pad(images, pads)
     size = _output_size(padded.shape, kernel.shape, stride, dilation)
     return _weighted_sum(
         (_window(padded, i * dilation, j * dilation, stride, size), kernel[i, j, 0]) for i, j in _taps(kernel)
     )
 
 
-def _forward(images, kernel, stride, pads, dilation):
-    return _shifted_sum(images, kernel, stride, pads, dilation), (images, kernel)
+@functools.partial(jax.jit, static_argnames="geometry")
+def _gradients(images, kernel, gradient, *, geometry):
+    """Of images and kernel, both from one padded copy of the output's gradient.
 
-
-def _backward(stride, pads, dilation, residuals, gradient):
-    images, kernel = residuals
+    XLA fuses what computes an array into every loop that reads it, ten here; a padded array it computes once.
+    """
+    stride, pads, dilation = geometry
+    (top, bottom), (left, right) = pads
+    rows = -(-(images.shape[1] + top + bottom) // stride)
+    columns = -(-(images.shape[2] + left + right) // stride)
+    reach = (kernel.shape[0] - 1) * dilation // stride
+    # Outputs that do not exist contribute zeros on either side.
+    _, out_h, out_w, _ = gradient.shape
+    gradient = _pad(gradient, ((reach, max(0, rows - out_h)), (reach, max(0, columns - out_w))))
     return (
-        _image_gradient(gradient, kernel, images.shape, stride, pads, dilation),
-        _kernel_gradient(gradient, images, kernel, stride, pads, dilation),
+        _image_gradient(gradient, kernel, images.shape, (rows, columns), stride, pads, dilation),
+        _kernel_gradient(gradient, images, kernel, (out_h, out_w), reach, stride, pads, dilation),
     )
 
 
-_shifted_sum.defvjp(_forward, _backward)
-
-
-def _image_gradient(gradient, kernel, shape, stride, pads, dilation):
+def _image_gradient(gradient, kernel, shape, size, stride, pads, dilation):
     """The transposed sum, phase by phase of the stride, so that no inserted zeros are multiplied.
 
     Output (y, x) reads padded row y * stride + i * dilation; so padded row q * stride + r is read by the taps
     with i * dilation = r (mod stride), at output row q - (i * dilation - r) / stride. Columns alike.
     """
-    (top, bottom), (left, right) = pads
-    height, width = shape[1] + top + bottom, shape[2] + left + right
-    rows, columns = -(-height // stride), -(-width // stride)
+    (top, _), (left, _) = pads
+    rows, columns = size
     reach = (kernel.shape[0] - 1) * dilation // stride
-    # Outputs that do not exist contribute zeros on either side.
-    _, out_h, out_w, _ = gradient.shape
-    around = ((0, 0), (reach, max(0, rows - out_h)), (reach, max(0, columns - out_w)), (0, 0))
-    gradient = jnp.pad(gradient, around)
     phases = [
         _phase(gradient, kernel, (r, s), (rows, columns), reach, stride, dilation)
         for r, s in itertools.product(range(stride), repeat=2)
@@ -113,35 +143,45 @@ def _phase(gradient, kernel, phase, size, reach, stride, dilation):
     return _weighted_sum(terms)
 
 
-def _kernel_gradient(gradient, images, kernel, stride, pads, dilation):
+def _kernel_gradient(gradient, images, kernel, size, reach, stride, pads, dilation):
     """For each tap, the sum over images and pixels of its window times the gradient.
 
     XLA:CPU does not fuse slices into a reduction: a plain sum would copy every window first. Added up over a
     few images the products fuse into one loop, and what is left is a sum that a product with ones does fast:
     2 to 10 times faster than nine reductions.
     """
-    padded = jnp.pad(images, ((0, 0), *pads, (0, 0)))
-    size, batch, channels = gradient.shape[1:3], *gradient.shape[::3]
-    parts = math.gcd(batch, _PARTS)
+    padded = _split(_pad(images, pads))
+    gradients = [_window(part, reach, reach, 1, size) for part in _split(gradient)]
 
     def tap(i, j):
-        window = _window(padded, i * dilation, j * dilation, stride, size)
-        products = (_part(window, n, parts) * _part(gradient, n, parts) for n in range(parts))
-        partial = functools.reduce(jnp.add, products).reshape(-1, channels)
-        return jnp.ones((len(partial),), partial.dtype) @ partial
+        windows = (_window(part, i * dilation, j * dilation, stride, size) for part in padded)
+        return _sum_parts([lax.mul(window, gradient) for window, gradient in zip(windows, gradients, strict=True)])
 
     return jnp.stack([tap(i, j) for i, j in _taps(kernel)]).reshape(kernel.shape).astype(kernel.dtype)
 
 
-def _part(images, n, parts):
-    """Every `parts`-th image from the n-th on; a batch split over devices stays so."""
+def sum_pixels(images: jax.Array) -> jax.Array:
+    """[B, H, W, C] to [C] in float32 or wider, for XLA:CPU as `_kernel_gradient` has it."""
+    return _sum_parts(_split(images))
+
+
+def _split(images):
+    """Up to _PARTS equal parts; the n-th has every _PARTS-th image from the n-th on, so a batch split over devices
+    stays so."""
+    parts = math.gcd(len(images), _PARTS)
     folded = images.reshape(-1, parts, *images.shape[1:])
-    return folded[:, n].astype(_accumulator(images.dtype))
+    folded = folded.astype(jnp.promote_types(images.dtype, jnp.float32))  # where half-precision products are summed
+    return [lax.index_in_dim(folded, n, axis=1, keepdims=False) for n in range(parts)]
 
 
-def _accumulator(dtype):
-    """Sums of half-precision products are kept in float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+def _sum_parts(parts):
+    partial = functools.reduce(lax.add, parts).reshape(-1, parts[0].shape[-1])
+    return jnp.ones((len(partial),), partial.dtype) @ partial
+
+
+def _pad(images, pads):
+    zero = jnp.zeros((), images.dtype)
+    return lax.pad(images, zero, ((0, 0, 0), *((before, after, 0) for before, after in pads), (0, 0, 0)))
 
 
 def _taps(kernel):
@@ -162,7 +202,7 @@ def _window(images, top, left, stride, size):
 
 def _weighted_sum(terms):
     products = (window * weight[None, None, None, :] for window, weight in terms)
-    return functools.reduce(jnp.add, products)
+    return functools.reduce(lax.add, products)
 
 
 def _output_size(shape, kernel_shape, stride, dilation):

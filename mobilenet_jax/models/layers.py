@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from mobilenet_jax.models.depthwise import depthwise_conv, grouped_conv
+from mobilenet_jax.models.depthwise import depthwise_conv, grouped_conv, sum_pixels
 from mobilenet_jax.models.init import make_kernel_init
 from mobilenet_jax.models.spec import Op, Spec
 
 LOWERINGS = ("auto", "plain")
+_FEW_CHANNELS = 4
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda x: x,
@@ -20,6 +21,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu6": nn.relu6,
     "hard_swish": nn.hard_swish,
     "gelu": functools.partial(nn.gelu, approximate=False),
+}
+# What each does to a gradient, given the activation's input: JAX's own, but for relu6 at 0 and 6, where its halves
+# come from divisions at every pixel.
+_SLOPES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "linear": lambda x, gradient: gradient,
+    "relu": lambda x, gradient: jnp.where(x > 0, gradient, 0),
+    "relu6": lambda x, gradient: jnp.where((x > 0) & (x < 6), gradient, 0),
+    "hard_swish": lambda x, gradient: jnp.where(x > 3, 1, jnp.where(x > -3, x / 3 + 0.5, 0)) * gradient,
+    "gelu": lambda x, gradient: jax.vjp(ACTIVATIONS["gelu"], x)[1](gradient)[0],
 }
 # The hard sigmoid is relu6(x + 3) / 6, not the 0.2 x + 0.5 of older Keras.
 GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -53,18 +63,51 @@ class Conv(nn.Module):
                 x, kernel, stride=op.stride, pads=pads, dilation=op.dilation, impl=self.depthwise_impl
             )
         if self.lowering == "auto" and op.kernel == op.stride == 1:
-            return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
+            return _pointwise(x, kernel[0, 0])
         if op.depthwise:
             return grouped_conv(x, kernel, stride=op.stride, pads=pads, dilation=op.dilation)
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(op.stride, op.stride),
-            padding=pads,
-            rhs_dilation=(op.dilation, op.dilation),
-            feature_group_count=op.split,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        whole = functools.partial(_conv, stride=op.stride, pads=pads, dilation=op.dilation, groups=op.split)
+        if self.lowering == "auto" and op.in_channels <= _FEW_CHANNELS and op.dilation == op.split == 1:
+            columns = functools.partial(_conv_of_few_channels, stride=op.stride, pads=pads)
+            return lax.platform_dependent(x, kernel, cpu=columns, default=whole)
+        return whole(x, kernel)
+
+
+def _conv(x, kernel, *, stride, pads, dilation, groups):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=pads,
+        rhs_dilation=(dilation, dilation),
+        feature_group_count=groups,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _conv_of_few_channels(x, kernel, *, stride, pads):
+    """The same as one matrix product: with a stem's 3 channels XLA:CPU's convolution is up to twice as slow.
+
+    `stride` pixels of a row are taken together as one of `stride` times the channels, of which a window's row is a
+    few whole ones; where that is more than the kernel is wide, the kernel has zeros.
+    """
+    size, _, channels, filters = kernel.shape
+    (top, bottom), (left, right) = pads
+    height, width = ((n + sum(pad) - size) // stride + 1 for n, pad in zip(x.shape[1:3], pads, strict=True))
+    groups = -(-size // stride)
+    right += max(0, (width - 1 + groups) * stride - (x.shape[2] + left + right))
+    x = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))[:, :, : (width - 1 + groups) * stride]
+    x = x.reshape(*x.shape[:2], -1, stride * channels)
+    rows = [x[:, i : i + (height - 1) * stride + 1 : stride] for i in range(size)]
+    windows = jnp.concatenate([row[:, :, j : j + width] for row in rows for j in range(groups)], axis=-1)
+    kernel = jnp.pad(kernel, ((0, 0), (0, groups * stride - size), (0, 0), (0, 0)))
+    return _pointwise(windows, kernel.reshape(-1, filters))
+
+
+def _pointwise(x, kernel):
+    """[B, H, W, I] times [I, O]; of rows, for of maps XLA:CPU transposes a copy to get the kernel's gradient."""
+    rows = jnp.einsum("pi,io->po", x.reshape(-1, x.shape[-1]), kernel)
+    return rows.reshape(*x.shape[:-1], -1)
 
 
 class Norm(nn.Module):
@@ -114,11 +157,7 @@ def _sum_pixels(x: jax.Array) -> jax.Array:
     On CPU a product with ones is several times faster than XLA's reduction of leading axes; elsewhere a
     product would round its factors to fewer bits.
     """
-    return lax.platform_dependent(
-        x.reshape(-1, x.shape[-1]),
-        cpu=lambda rows: jnp.ones((len(rows),), rows.dtype) @ rows,
-        default=lambda rows: jnp.sum(rows, axis=0),
-    )
+    return lax.platform_dependent(x, cpu=sum_pixels, default=lambda maps: jnp.sum(maps, axis=(0, 1, 2)))
 
 
 def _moments(x):
@@ -130,6 +169,7 @@ def _moments(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4))  # norms of equal shapes are traced once
 def _normalise(x, scale, bias, epsilon, activation):
     """(activation of the normalised x, batch mean, batch variance); no gradient flows through these two."""
     mean, var = _moments(x)
@@ -143,14 +183,14 @@ def _normalise_forward(x, scale, bias, epsilon, activation):
     return (y, mean, var), (x, scale, bias, mean, var)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _normalise_backward(epsilon, activation, residuals, gradients):
     x, scale, bias, mean, var = residuals
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     inverse = lax.rsqrt(var + epsilon)
     centred = (x.astype(dtype) - _wide(mean)) * _wide(inverse)
     # Recomputing the activation's input from x is cheaper than keeping it.
-    _, pull = jax.vjp(ACTIVATIONS[activation], centred * _wide(scale) + _wide(bias))
-    (gradient,) = pull(gradients[0].astype(dtype))
+    gradient = _SLOPES[activation](centred * _wide(scale) + _wide(bias), gradients[0].astype(dtype))
     bias_gradient = _sum_pixels(gradient)
     scale_gradient = _sum_pixels(gradient * centred)
     count = x.size // x.shape[-1]
