@@ -69,7 +69,7 @@ def predict(
             raise ValueError(f"{key} is {value}; valid: 1 or more")
     if not model.spec.num_classes:
         raise ValueError(f"the weights {card['name']} have no classifier, and so no classes")
-    given = read_preprocessing(card, source=card["name"])
+    given = read_preprocessing(card, source=f"the weights {card['name']}")
     compute_cost(model.spec, given.image_size)  # says so if the image is too small
     files = list_images(images)
     transform = EvalTransform(given.image_size, given.crop_share, given.interpolation, given.squash)
@@ -112,9 +112,10 @@ def _compile(model: "MobileNet", mean: tuple[float, ...], std: tuple[float, ...]
     from mobilenet_jax.steps import normalise_images
 
     @jax.jit
-    def run(variables: dict, images: jax.Array) -> list[jax.Array]:
+    def run(variables: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits: Any = model.apply(variables, normalise_images(images, mean, std), train=False)
-        return jax.lax.top_k(jax.nn.softmax(logits), top)
+        probabilities, classes = jax.lax.top_k(jax.nn.softmax(logits), top)
+        return probabilities, classes
 
     return run
 

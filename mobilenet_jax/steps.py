@@ -174,7 +174,9 @@ def eval_step(
     _, best = lax.top_k(logits, min(5, classes))
     hits = (best == labels[:, None]) & mask[:, None]
     right, confidence = hits[:, 0], jnp.max(jax.nn.softmax(logits), axis=-1)
-    bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1, 0, CALIBRATION_BINS - 1)
+    # Equal logits have 1/K, an edge of a bin for some K: no rounding may lift them over it.
+    bins = jnp.ceil(confidence * CALIBRATION_BINS - 1e-5).astype(jnp.int32) - 1
+    bins = jnp.clip(bins, 0, CALIBRATION_BINS - 1)
     of_class = functools.partial(jax.ops.segment_sum, segment_ids=labels, num_segments=classes)
     of_bin = functools.partial(jax.ops.segment_sum, segment_ids=bins, num_segments=CALIBRATION_BINS)
     sums = {

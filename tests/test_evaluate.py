@@ -78,7 +78,8 @@ def test_metrics_equal_numpys_on_logits_with_ties(classes):
     confidence = (np.exp(wide) / np.exp(wide).sum(1, keepdims=True)).max(1)
     error = 0.0
     for low in range(15):
-        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        low_edge, high_edge = low / 15 + 1e-6, (low + 1) / 15 + 1e-6  # three equal logits have a third, and are below
+        inside = (confidence > low_edge) & (confidence <= high_edge)
         if inside.any():
             right = (order[:, 0] == labels)[inside].mean()
             error += inside.sum() / 203 * abs(right - confidence[inside].mean())

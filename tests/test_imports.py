@@ -28,12 +28,6 @@ ALLOWED = {
         "weights.card",
         "weights.load",
     },
-    "runtime",
-        "steps",
-        "weights",
-        "weights.card",
-        "weights.load",
-    },
     "runtime": {"malloc"},
     "models.network": {
         "models.blocks",

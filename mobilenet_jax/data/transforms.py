@@ -45,7 +45,7 @@ def resize_and_center_crop(
     if squash:
         resized = (shorter, shorter)
     else:
-        resized = tuple(int(shorter * side / min(width, height)) for side in (width, height))
+        resized = int(shorter * width / min(width, height)), int(shorter * height / min(width, height))
     left, top = (round((side - size) / 2) for side in resized)
     if resized == (width, height):
         return image[top : top + size, left : left + size]

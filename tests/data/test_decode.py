@@ -184,7 +184,7 @@ def test_strips_change_nothing(monkeypatch, mode):
         image = Image.fromarray(rng.integers(65536, size=(50, 40), dtype=np.uint16))
     else:
         image = Image.fromarray(rng.integers(256, size=(50, 40, 4), dtype=np.uint8)).convert(mode)
-    data = encode(image, **({"transparency": 3} if mode == "P" else {}))
+    data = encode(image, transparency=3) if mode == "P" else encode(image)
     whole = decode_image(data, name="a")
     monkeypatch.setattr(decode, "_STRIP", 40 * 7)
     np.testing.assert_array_equal(decode_image(data, name="a"), whole)
