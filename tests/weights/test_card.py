@@ -55,7 +55,7 @@ def test_every_key_is_needed(key):
 )
 def test_preprocessing_that_cannot_be_is_refused(key, value):
     card = {**CARD, "preprocessing": {**CARD["preprocessing"], key: value}}
-    with pytest.raises(WeightsError, match="^the card of w: ") as caught:
+    with pytest.raises(WeightsError, match=r"^the card of w: ") as caught:
         check_card(card, source="w")
     assert len(str(caught.value).splitlines()) == 1
 
