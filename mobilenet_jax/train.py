@@ -362,10 +362,11 @@ class Run:
         lowered = shard_train_step(step, self.mesh, config.parallel).lower(self._state, batch, key)
         traced = time.perf_counter()
         compiled = lowered.compile()
+        self.seconds["data"] += self._waited  # for the first batch, and no part of any line's steps
         self.seconds |= {"trace": traced - start, "compile": time.perf_counter() - traced}
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
         logging.info("first step after %.1f s: %s", sum(self.seconds.values()), parts)
-        self._line_time = time.perf_counter()
+        self._waited, self._line_time = 0.0, time.perf_counter()
         return compiled
 
     def _should_stop(self, step: int, signals: StopSignals) -> bool:

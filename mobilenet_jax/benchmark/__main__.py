@@ -25,7 +25,7 @@ WHAT = ("train", "infer", "memory", "scaling", "input", "startup")
 PEERS = {
     "flax": "our network as Flax's plain layers write it, grouped convolutions and all",
     "keras": "Keras on JAX",
-    "torch": "torchvision, timm for V1, channels_last",
+    "torch": "torchvision, timm for V1 and V4, channels_last",
     "tfdata": "tf.data, of the input alone",
 }
 # `scaling` moves one of these at a time, from the first value of each flag.
@@ -73,9 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="Sides: ours, and\n" + "\n".join(f"  {name:<7} {text}" for name, text in PEERS.items()),
     )
     add = parser.add_argument
-    models = tuple(name for name in MODELS if "minimalistic" not in name)
+    models = ("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
     add("--what", type=_list_of(str, WHAT), default=["train", "infer"], help=f"of {', '.join(WHAT)}")
-    add("--models", type=_list_of(str, tuple(MODELS)), default=list(models), help=f"of {', '.join(MODELS)}")
+    add("--models", type=_list_of(str, tuple(MODELS)), default=list(models), help="of summary's; default: V1 to V3")
     add("--against", type=_list_of(str, tuple(PEERS)), default=list(PEERS), help="sides; default: all, '' for none")
     add("--width", type=_list_of(float), default=[1.0], help="width multipliers; default: 1")
     add("--resolution", type=_list_of(int), default=[224], help="pixels; default: 224")
@@ -89,7 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for peer in ("torch", "keras", "tfdata"):
         add(f"--python_{peer}", metavar="PYTHON", type=_program, help=f"the interpreter that has {peer}'s packages")
     add("--json", metavar="FILE", type=Path, help="write all numbers there, anew after each case")
-    add("--draw", metavar="FILE", type=Path, help="measure nothing: draw the numbers of such a file")
+    add("--draw", metavar="FILE", type=Path, nargs="+", help="measure nothing: draw and tabulate such files")
     add("--out", metavar="DIR", type=Path, default=Path("docs"), help="where --draw puts its figures; default: docs")
     args = parser.parse_args(argv)
     if min(args.rounds, args.threads, args.photographs, *args.width, *args.resolution, *args.batch_size) <= 0:
@@ -276,9 +276,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         if args.draw:
-            from mobilenet_jax.benchmark.charts import draw_all
+            from mobilenet_jax.benchmark.charts import draw_all, format_table
 
-            for path in draw_all(json.loads(args.draw.read_text())["results"], args.out):
+            results = [result for file in args.draw for result in json.loads(file.read_text())["results"]]
+            print(format_table(results))
+            for path in draw_all(results, args.out):
                 print(path)
             return 0
         return run(args)

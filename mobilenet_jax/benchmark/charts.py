@@ -30,6 +30,23 @@ def draw_all(results: Sequence[dict], out: Path) -> list[Path]:
     return drawn
 
 
+def format_table(results: Sequence[dict]) -> str:
+    """A Markdown table of the cases that were timed: images/s of ours, then of each peer with ours over it (range)."""
+    timed = [
+        result for result in results if result["what"] != "startup" and result["sides"].get("ours", {}).get("seconds")
+    ]
+    peers = [side for side in _COLORS if side != "ours" and any(side in result["ratios"] for result in timed)]
+    lines = ["| case | ours |" + "".join(f" {peer} |" for peer in peers), "|---|---:|" + "---:|" * len(peers)]
+    for result in timed:
+        cells = [f"{result['sides']['ours']['images_per_second']:.4g}"]
+        for peer in peers:
+            ratio, side = result["ratios"].get(peer), result["sides"].get(peer)
+            text = "{median:.2f}x ({min:.2f}-{max:.2f})".format(**ratio) if ratio else ""
+            cells.append(f"{side['images_per_second']:.4g}: {text}" if side and ratio else "")
+        lines.append(f"| {_label(result)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw_ratios(results: Sequence[dict], path: Path) -> None:
     """A bar for each case and peer: how many times as fast ours is (median), with the range over the rounds."""
     bars = [

@@ -7,7 +7,12 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+
+try:
+    from mobilenet_jax.data import _jpeg  # pyright: ignore[reportAttributeAccessIssue]
+except ImportError:  # built where there are a C compiler and libjpeg-turbo; the loader says that it was not
+    _jpeg = None
 
 # 8192 x 8192: ten times a 6-megapixel photograph, 200 MB of RGB. Below Pillow's own limit, so that ours
 # speaks first.
@@ -65,6 +70,71 @@ def _check_file(data: bytes | Path) -> None:
         raise ValueError(f"it has {size:,} bytes, and at most {MAX_BYTES:,} are read")
 
 
+class CroppableJpeg:
+    """A JPEG of which any rectangle can be had, resized, for less than the whole costs."""
+
+    def __init__(self, data: bytes, *, name: str, shape: tuple[int, int, int]):
+        self._data, self._name = data, name
+        self.shape = shape  # (H, W, 3) of the decoded image
+
+    def resize_crop(self, box: tuple[int, int, int, int], *, size: int, bicubic: bool, mirrored: bool) -> np.ndarray:
+        """The rectangle (left, top, width, height) as uint8[size, size, 3], left and right exchanged if `mirrored`.
+
+        Equal to decode_image, cropped and resized by Pillow 13, bit for bit. (Older releases of Pillow resize rows
+        before columns at any shape: of some crops a few pixels then differ, by a grey level if bilinear.) The image
+        below the rectangle is not looked at.
+
+        Raises:
+          UnreadableImageError: as `decode_image`.
+        """
+        assert _jpeg is not None
+        out = np.empty((size, size, 3), np.uint8)
+        if _jpeg.read_crop(self._data, box, size, bicubic, mirrored, out):
+            return out
+        left, top, width, height = box  # libjpeg has found a fault: whether it can be lived with is Pillow's to say
+        crop = Image.fromarray(decode_image(self._data, name=self._name)[top : top + height, left : left + width])
+        resized = crop.resize((size, size), Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR)
+        return np.asarray(ImageOps.mirror(resized) if mirrored else resized)
+
+
+def can_crop() -> bool:
+    """Whether `open_croppable` ever returns something: whether the extension _jpeg was built."""
+    return _jpeg is not None
+
+
+def open_croppable(data: bytes | Path, *, name: str) -> CroppableJpeg | None:
+    """An image that need not be decoded whole, from its header; None for one that `decode_image` must see.
+
+    Those are all but upright grey and colour JPEGs that end as a JPEG does, and all where the extension is missing.
+    """
+    if _jpeg is None:
+        return None
+    if isinstance(data, Path):
+        if data.suffix.lower() not in (".jpg", ".jpeg"):
+            return None
+        try:
+            _check_file(data)
+            data = data.read_bytes()
+        except (OSError, ValueError):  # decode_image will say it
+            return None
+    # A file cut short ends otherwise; below the crop that would go unnoticed.
+    header = _jpeg.measure(data) if data.rfind(b"\xff\xd9", -64) >= 0 else None
+    if header is None:
+        return None
+    height, width, tagged = header
+    if height * width > MAX_PIXELS or (tagged and not _is_upright(data)):
+        return None
+    return CroppableJpeg(data, name=name, shape=(height, width, 3))
+
+
+def _is_upright(data: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    except Exception:  # as in decode_image, which will say what it is
+        return False
+
+
 def _to_rgb(image: Image.Image) -> np.ndarray:
     ImageOps.exif_transpose(image, in_place=True)
     rows = max(1, _STRIP // image.width)
@@ -84,4 +154,4 @@ def _strip_to_rgb(image: Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

@@ -14,8 +14,8 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from mobilenet_jax.data.decode import UnreadableImageError, decode_image
-from mobilenet_jax.data.sources import Source, eval_split, open_source
+from mobilenet_jax.data.decode import CroppableJpeg, UnreadableImageError, can_crop, decode_image, open_croppable
+from mobilenet_jax.data.sources import Record, Source, eval_split, open_source
 from mobilenet_jax.data.transforms import TrainTransform, make_eval_transform, make_train_transform
 
 Batch = dict[str, np.ndarray]
@@ -35,16 +35,31 @@ class _Reader:
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
         """The prepared image and the label; raises UnreadableImageError."""
+        return self._kept[index] if index in self._kept else self._decode(index, self.source[index])
+
+    def read_to_crop(self, index: int) -> tuple[np.ndarray | CroppableJpeg, int]:
+        """As `read`, but a JPEG that is not to be kept is left encoded: of it a crop will be decoded alone."""
         if index in self._kept:
             return self._kept[index]
-        image, label, name = self.source[index]
+        record = self.source[index]
+        if not isinstance(record.image, np.ndarray):
+            jpeg = open_croppable(record.image, name=record.name)
+            if jpeg is not None and not self._is_kept(math.prod(jpeg.shape)):
+                return jpeg, record.label
+        return self._decode(index, record)
+
+    def _decode(self, index: int, record: Record) -> tuple[np.ndarray, int]:
+        image, label, name = record
         if not isinstance(image, np.ndarray):
             image = decode_image(image, name=name)
         example = self._prepare(image), label
-        # Each image judged by its own size: what is kept never exceeds the limit, with nothing to lock.
-        if self._keep and example[0].nbytes * len(self.source) <= MEMORY_BYTES:
+        if self._is_kept(example[0].nbytes):
             self._kept[index] = example
         return example
+
+    def _is_kept(self, size: int) -> bool:
+        # Each image judged by its own size: what is kept never exceeds the limit, with nothing to lock.
+        return self._keep and size * len(self.source) <= MEMORY_BYTES
 
 
 class _MakeExample:
@@ -52,22 +67,20 @@ class _MakeExample:
 
     def __init__(self, reader: _Reader, transform: TrainTransform, *, on_error: str):
         self._reader, self._transform, self._on_error = reader, transform, on_error
+        self._read = reader.read_to_crop if transform.crop == "inception" else reader.read
         self._reported: set[str] = set()
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        image, label, skipped = self._read(index)
-        return {
-            "images": self._transform.augment(image, rng),
-            "labels": np.int32(label),
-            "skipped": np.int32(skipped),
-        }
+        image, label, skipped = self._read_and_augment(index, rng)
+        return {"images": image, "labels": np.int32(label), "skipped": np.int32(skipped)}
 
-    def _read(self, index: int) -> tuple[np.ndarray, int, int]:
+    def _read_and_augment(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int, int]:
         """Image, label, and how many unreadable images before it were passed over."""
         count = len(self._reader.source)
         for skipped in range(count):
             try:
-                return *self._reader.read((index + skipped) % count), skipped
+                image, label = self._read((index + skipped) % count)
+                return self._transform.augment(image, rng), label, skipped
             except UnreadableImageError as error:
                 if self._on_error == "stop":
                     raise
@@ -160,6 +173,11 @@ def make_train_iterator(data_config, *, seed: int, process_index: int, process_c
     local_size = _divide(data_config, "batch_size", process_count)
     transform = make_train_transform(data_config)
     source = open_source(data_config, "train")
+    if transform.crop == "inception" and not isinstance(source[0].image, np.ndarray) and not can_crop():
+        logging.warning(
+            "JPEGs are decoded whole, at half the speed: the installation found no C compiler or no headers of "
+            "libjpeg-turbo, with which it builds mobilenet_jax.data._jpeg."
+        )
     # Hashed, because Grain seeds the order of epoch e with seed + e: with seeds 0 and 1 as they are,
     # one run's second epoch would be the other's first.
     order_seed, augment_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from mobilenet_jax.data.decode import CroppableJpeg
+
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -58,33 +60,43 @@ def resize_and_center_crop(
 
 
 def crop_inception(
-    image: np.ndarray,
+    image: np.ndarray | CroppableJpeg,
     rng: np.random.Generator,
     *,
     size: int,
     area_range: tuple[float, float],
     aspect_range: tuple[float, float],
     interpolation: str,
+    flip: bool,
 ) -> np.ndarray:
-    """Crops a random rectangle and resizes it to size x size (Szegedy et al. 2015, section 6).
+    """Crops a random rectangle and resizes it to size x size (Szegedy et al. 2015, section 6), then may flip it.
 
     Area is uniform in area_range (share of the image's), width over height log-uniform in aspect_range. After
     10 rectangles that do not fit, the largest central one of an allowed aspect is taken, as torchvision does.
 
     Args:
-      image: uint8[H, W, 3].
+      image: uint8[H, W, 3], or an image still encoded.
       rng: the example's generator.
       size: pixels of the result's sides.
       area_range: smallest and largest share.
       aspect_range: smallest and largest aspect.
       interpolation: a name in INTERPOLATIONS.
+      flip: whether left and right are exchanged in half of the draws.
 
     Returns:
       uint8[size, size, 3].
+
+    Raises:
+      UnreadableImageError: an encoded image turns out to be damaged.
     """
-    left, top, width, height = draw_crop(image.shape[:2], rng, area_range=area_range, aspect_range=aspect_range)
+    box = draw_crop(image.shape[:2], rng, area_range=area_range, aspect_range=aspect_range)
+    mirrored = flip and rng.random() < 0.5
+    if isinstance(image, CroppableJpeg):
+        return image.resize_crop(box, size=size, bicubic=interpolation == "bicubic", mirrored=mirrored)
+    left, top, width, height = box
     crop = Image.fromarray(image[top : top + height, left : left + width])
-    return np.asarray(crop.resize((size, size), INTERPOLATIONS[interpolation]))
+    resized = crop.resize((size, size), INTERPOLATIONS[interpolation])
+    return np.asarray(ImageOps.mirror(resized) if mirrored else resized)
 
 
 def draw_crop(
@@ -257,8 +269,11 @@ class TrainTransform:
             return image
         return EvalTransform(self.image_size, self.crop_share, self.interpolation, self.squash)(image)
 
-    def augment(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A prepared image to uint8[S, S, 3]; never writes to its argument."""
+    def augment(self, image: np.ndarray | CroppableJpeg, rng: np.random.Generator) -> np.ndarray:
+        """A prepared image to uint8[S, S, 3]; never writes to its argument.
+
+        With crop="inception" the image may still be encoded; UnreadableImageError says that it is damaged.
+        """
         if self.crop == "inception":
             image = crop_inception(
                 image,
@@ -267,11 +282,14 @@ class TrainTransform:
                 area_range=self.area_range,
                 aspect_range=self.aspect_range,
                 interpolation=self.interpolation,
+                flip=self.flip,
             )
-        elif self.crop == "pad":
-            image = shift(image, rng, pad=self.pad)
-        if self.flip and rng.random() < 0.5:
-            image = image[:, ::-1]
+        else:
+            assert isinstance(image, np.ndarray)
+            if self.crop == "pad":
+                image = shift(image, rng, pad=self.pad)
+            if self.flip and rng.random() < 0.5:
+                image = image[:, ::-1]
         if self.color_jitter:
             image = jitter_color(image, rng, strength=self.color_jitter)
         if self.randaugment_layers:
@@ -308,6 +326,10 @@ def make_train_transform(data_config) -> TrainTransform:
       ValueError: an impossible value of config.data, in one sentence.
     """
     _check(data_config)
+    if data_config.crop == "inception" and data_config.interpolation == "nearest":
+        raise ValueError(
+            "data.interpolation is 'nearest'; with data.crop = 'inception' it must be bilinear or bicubic."
+        )
     return TrainTransform(**_fields(TrainTransform, data_config))
 
 

@@ -3,7 +3,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mobilenet_jax.benchmark.charts import draw_all, list_resolutions
+from mobilenet_jax.benchmark.charts import draw_all, format_table, list_resolutions
 
 
 @pytest.fixture
@@ -75,3 +75,11 @@ def test_points_that_differ_in_something_else_are_on_no_curve():
 def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="there is nothing to draw"):
         draw_all([STARTUP, make_result()], tmp_path)
+
+
+def test_a_row_of_the_table_has_both_rates_and_their_ratio():
+    timed = make_result(rate=20.0, ratios={"torch": {"median": 2.0, "min": 1.5, "max": 2.5}})
+    timed["sides"]["torch"] = {"about": {}, "seconds": [1.6], "images_per_second": 10.0}
+    head, _, row = format_table([timed, STARTUP]).splitlines()
+    assert head == "| case | ours | torch |"
+    assert row == "| train v2, 224 px, batch 16 | 20 | 10: 2.00x (1.50-2.50) |"

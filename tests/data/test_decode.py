@@ -2,14 +2,25 @@ import io
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
 from mobilenet_jax.data import decode
-from mobilenet_jax.data.decode import UnreadableImageError, decode_image
+from mobilenet_jax.data.decode import UnreadableImageError, decode_image, open_croppable
+
+needs_extension = pytest.mark.skipif(
+    not decode.can_crop(), reason="mobilenet_jax.data._jpeg was not built (it needs a C compiler and libjpeg-turbo)"
+)
+
+needs_pillow_13 = pytest.mark.skipif(
+    int(PIL.__version__.split(".")[0]) < 13,
+    reason="older Pillow resizes along lines first, always",
+)
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -204,3 +215,120 @@ def test_reading_a_path_leaves_no_file_open(tmp_path: Path):
         with pytest.raises(UnreadableImageError):
             decode_image(path, name="a")
     # An unclosed file would be a ResourceWarning, which is an error here.
+
+
+# Crops of JPEGs, decoded alone
+
+
+def photograph(height: int, width: int) -> Image.Image:
+    """Colour edges at every scale, which chroma interpolated wrongly at a border would show."""
+    small = np.random.default_rng(0).integers(256, size=(height // 3 + 1, width // 3 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def as_440(data: bytes) -> bytes:
+    """A 4:2:2 JPEG of 64x64 pixels with its blocks laid out as 4:4:0, which Pillow does not write."""
+    frame = data.index(b"\xff\xc0")
+    assert data[frame + 11] == 0x21
+    return data[: frame + 11] + b"\x12" + data[frame + 12 :]
+
+
+KINDS = {
+    "4:2:0": {},
+    "4:2:2": {"subsampling": 1},
+    "4:4:4": {"subsampling": 0},
+    "4:1:1": {"subsampling": "4:1:1"},
+    "4:4:0": {"subsampling": 1},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 3},
+    "grey": {},
+    "RGB": {"keep_rgb": True},
+}
+
+
+@needs_extension
+@needs_pillow_13
+@pytest.mark.parametrize("size", [(64, 64), (93, 131)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_crop_is_that_of_the_whole_image_to_the_bit(kind, size):
+    if kind == "4:4:0":
+        size = (64, 64)
+    image = photograph(*size).convert("L" if kind == "grey" else "RGB")
+    data = encode(image, "JPEG", quality=92, **KINDS[kind])
+    data = as_440(data) if kind == "4:4:0" else data
+    whole, jpeg = decode_image(data, name="a"), open_croppable(data, name="a")
+    assert jpeg is not None
+    assert jpeg.shape == whole.shape == (*size, 3)
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        height, width = (int(rng.integers(1, side + 1)) for side in size)
+        top, left = int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1))
+        target, bicubic, mirrored = int(rng.integers(1, 80)), bool(i % 2), i % 3 == 0
+        filtering = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+        crop = Image.fromarray(whole[top : top + height, left : left + width])
+        expected = np.asarray(crop.resize((target, target), filtering))[:, :: -1 if mirrored else 1]
+        result = jpeg.resize_crop((left, top, width, height), size=target, bicubic=bicubic, mirrored=mirrored)
+        np.testing.assert_array_equal(result, expected)
+
+
+@needs_extension
+def test_only_upright_whole_grey_and_colour_jpegs_are_cropped_encoded(tmp_path):
+    image = photograph(40, 60)
+    plain = encode(image, "JPEG")
+    assert open_croppable(plain, name="a") is not None
+    assert open_croppable(plain[:-30], name="a") is None
+    assert open_croppable(encode(image), name="a") is None
+    assert open_croppable(encode(image.convert("CMYK"), "JPEG"), name="a") is None
+    assert open_croppable(b"", name="a") is None
+    assert open_croppable(tmp_path / "gone.jpg", name="a") is None
+    for orientation in (1, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert (open_croppable(encode(image, "JPEG", exif=exif), name="a") is None) == (orientation == 6)
+    frame = plain.index(b"\xff\xc0")
+    bomb = plain[: frame + 5] + struct.pack(">HH", 65000, 65000) + plain[frame + 9 :]
+    assert open_croppable(bomb, name="a") is None
+    with pytest.raises(UnreadableImageError, match=r"decompression bomb"):
+        decode_image(bomb, name="a")
+
+
+def outcome(function: Callable[..., np.ndarray], *args, **options) -> np.ndarray | str:
+    try:
+        return function(*args, **options)
+    except UnreadableImageError as error:
+        return str(error)
+
+
+@needs_extension
+@needs_pillow_13
+def test_damaged_jpegs_fare_as_they_do_whole():
+    rng, fates = np.random.default_rng(0), {"not opened": 0, "refused": 0, "read": 0}
+    for i in range(120):
+        damaged = bytearray(encode(photograph(64, 80), "JPEG", progressive=i % 2 == 0))
+        for position in rng.integers(2, len(damaged) - 2, size=rng.integers(1, 6)):
+            damaged[position] = rng.integers(256)
+        jpeg = open_croppable(bytes(damaged), name="a.jpg")
+        if jpeg is None:  # decode_image's to judge
+            fates["not opened"] += 1
+            continue
+        height, width, _ = jpeg.shape
+        whole = outcome(decode_image, bytes(damaged), name="a.jpg")
+        crop = outcome(jpeg.resize_crop, (0, 0, width, height), size=32, bicubic=False, mirrored=False)
+        fates["refused" if isinstance(crop, str) else "read"] += 1
+        if isinstance(whole, str) or isinstance(crop, str):
+            assert crop == whole
+            assert "\n" not in crop
+        else:
+            np.testing.assert_array_equal(crop, Image.fromarray(whole).resize((32, 32), Image.Resampling.BILINEAR))
+    assert min(fates.values()) >= 3, fates
+
+
+@needs_extension
+@needs_pillow_13
+def test_a_crop_needs_nothing_from_below_it():
+    data = encode(photograph(64, 64), "JPEG", quality=92)
+    cut = open_croppable(data[: 3 * len(data) // 4] + b"\xff\xd9", name="cut.jpg")  # ends as a JPEG does, too early
+    assert cut is not None
+    top = cut.resize_crop((0, 0, 64, 16), size=16, bicubic=False, mirrored=False)
+    expected = Image.fromarray(decode_image(data, name="a")[:16]).resize((16, 16), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(top, expected)

@@ -15,7 +15,7 @@ from absl import flags
 from PIL import Image
 
 from configs import base
-from mobilenet_jax.data import loader
+from mobilenet_jax.data import decode, loader
 from mobilenet_jax.data.decode import UnreadableImageError
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
@@ -326,6 +326,57 @@ def test_evaluation_never_skips(folder):
     batches, _ = loader.make_eval_batches(data_config(on_error="skip", **folder), process_index=0, process_count=1)
     with pytest.raises(UnreadableImageError, match=r"049\.png"):
         list(batches)
+
+
+# Crops of JPEGs, decoded alone
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    """A folder of JPEGs too large to be kept in memory."""
+    monkeypatch.setattr(loader, "MEMORY_BYTES", 0)
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        small = Image.fromarray(rng.integers(256, size=(7, 9, 3), dtype=np.uint8))
+        small.resize((90, 70), Image.Resampling.BICUBIC).save(folder / f"{i:03}.jpg")
+    return {
+        "source": "folder",
+        "path": str(tmp_path),
+        "image_size": 24,
+        "crop": "inception",
+        "flip": True,
+        "color_jitter": 0.4,
+    }
+
+
+def test_the_stream_is_the_same_with_and_without_the_extension(photographs, monkeypatch, caplog):
+    if not decode.can_crop():
+        pytest.skip("mobilenet_jax.data._jpeg was not built")
+    cropped = take(5, batch_size=6, **photographs)
+    assert caplog.messages == []
+    monkeypatch.setattr(decode, "_jpeg", None)
+    with caplog.at_level(python_logging.WARNING, logger="absl"):
+        assert_equal(cropped, take(5, batch_size=6, **photographs))
+    assert [message for message in caplog.messages if message.startswith("JPEGs are decoded whole")] == caplog.messages
+    assert len(caplog.messages) == 1
+    monkeypatch.setattr(loader, "MEMORY_BYTES", 2**20)  # all are kept, decoded
+    assert_equal(cropped, take(5, batch_size=6, **photographs))
+
+
+def test_a_jpeg_that_proves_damaged_at_its_crop_stops_training_or_is_skipped(photographs):
+    file = Path(photographs["path"]) / "train" / "a" / "003.jpg"
+    with Image.open(file) as image:
+        image.save(file, progressive=True)
+    data = bytearray(file.read_bytes())
+    data[data.rindex(b"\xff\xda") + 4] = 9  # components of the last scan, where there are three
+    file.write_bytes(data)
+    whole = {**photographs, "area_range": (1.0, 1.0)}
+    with pytest.raises(UnreadableImageError, match=r"003\.jpg cannot be decoded"):
+        take(2, batch_size=10, **whole)
+    batch = take(1, batch_size=10, on_error="skip", **whole)[0]
+    assert sorted(batch["skipped"].tolist()) == [0] * 9 + [1]
 
 
 # Evaluation

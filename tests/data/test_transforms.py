@@ -134,7 +134,8 @@ def test_inception_crop_shows_the_drawn_rectangle():
     left, top, width, height = transforms.draw_crop((40, 60), np.random.default_rng(3), **options)
     crop = Image.fromarray(image[top : top + height, left : left + width])
     expected = np.asarray(crop.resize((32, 32), Image.Resampling.BICUBIC))
-    result = transforms.crop_inception(image, np.random.default_rng(3), size=32, interpolation="bicubic", **options)
+    rng = np.random.default_rng(3)
+    result = transforms.crop_inception(image, rng, size=32, interpolation="bicubic", flip=False, **options)
     np.testing.assert_array_equal(result, expected)
 
 
@@ -149,8 +150,10 @@ def test_shift_moves_every_way_equally_over_black():
     np.testing.assert_array_equal(transforms.shift(image, rng, pad=0), image)
 
 
-def test_flip_mirrors_half_of_the_images():
-    transform = transforms.make_train_transform(data_config(flip=True))
+@pytest.mark.parametrize("crop", ["resize", "inception"])
+def test_flip_mirrors_half_of_the_images(crop):
+    whole = {"crop": crop, "area_range": (1.0, 1.0), "aspect_range": (1.0, 1.0)}
+    transform = transforms.make_train_transform(data_config(flip=True, **whole))
     image, rng = noise(32, 32), np.random.default_rng(0)
     flipped = 0
     for _ in range(2000):
@@ -296,6 +299,12 @@ def test_training_without_augmentation_is_evaluation():
     image = noise(50, 70)
     trained = transforms.make_train_transform(config)(image, np.random.default_rng(0))
     np.testing.assert_array_equal(trained, transforms.make_eval_transform(config)(image))
+
+
+def test_random_crops_are_never_sampled_without_a_filter():
+    transforms.make_eval_transform(data_config(crop="inception", interpolation="nearest"))
+    with pytest.raises(ValueError, match=r"^data\.interpolation is 'nearest'; with data\.crop = 'inception'"):
+        transforms.make_train_transform(data_config(crop="inception", interpolation="nearest"))
 
 
 def test_a_shift_stays_within_the_image():

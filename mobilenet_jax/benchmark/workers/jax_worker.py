@@ -22,7 +22,8 @@ GREY = (127.5, 127.5, 127.5)
 def load(case: dict) -> tuple[Run, dict]:
     """The compiled step of a case, for `train` and `memory` the training step, for `infer` the forward pass."""
     jax.config.update("jax_num_cpu_devices", case["devices"])
-    malloc = keep_freed_memory()
+    # Peers run as their users run them: untuned.
+    malloc = keep_freed_memory() if case["side"] == "ours" else "malloc: as it is"
     options = {**case["options"], "lowering": LOWERINGS[case["side"]]}
     model = create_model(case["name"], width=case["width"], **options)
     size, count = case["resolution"], case["batch_size"]

@@ -14,18 +14,20 @@ from configs import base
 from mobilenet_jax.data import loader
 from mobilenet_jax.data.transforms import make_train_transform
 from mobilenet_jax.losses import mix_batch
+from mobilenet_jax.malloc import keep_freed_memory
 
 MIXES = ("mixup", "cutmix")
 
 
 def load(case: dict) -> tuple[Run, dict]:
     """The loader for `input`; for `augment` the transform, or the mixing in the step, that `name` says."""
+    malloc = keep_freed_memory()  # as training does
     config: Any = base.get_config()
     data = config.data
     data.update({"image_size": case["resolution"], "batch_size": case["batch_size"], "flip": True, "crop": "inception"})
     if case["what"] == "input":
         data.update({"source": "folder", "path": case["images"], "workers": case["workers"]})
-        return load_input(data), {}
+        return load_input(data), {"malloc": malloc}
     key, value = case["name"].split("=")
     if key in MIXES:
         return load_mix(case, {key: float(value)}), {}

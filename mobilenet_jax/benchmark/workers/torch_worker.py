@@ -1,4 +1,4 @@
-"""torchvision's MobileNets (timm's V1) in PyTorch, eager, channels_last; in evaluation batch norm is not folded."""
+"""torchvision's MobileNets, timm's V1 and V4, in PyTorch: eager, channels_last, batch norm not folded."""
 
 import time
 
@@ -44,12 +44,13 @@ def load(case: dict) -> tuple[Run, dict]:
 
 def make_model(name: str, width: float):
     """(the module, the versions of the packages it comes from); UnsupportedError where there is none."""
-    if name == "mobilenet_v1":
+    if name == "mobilenet_v1" or name.startswith("mobilenet_v4_"):
         import timm  # pyright: ignore[reportMissingImports]
 
         if width != 1:
-            raise UnsupportedError("timm names mobilenet_v1 at width 1 alone")
-        return timm.create_model("mobilenetv1_100"), {"timm": timm.__version__}
+            raise UnsupportedError(f"timm names {name} at width 1 alone")
+        theirs = {"mobilenet_v1": "mobilenetv1_100"}.get(name, name.replace("mobilenet_v4", "mobilenetv4"))
+        return timm.create_model(theirs), {"timm": timm.__version__}
     import torchvision  # pyright: ignore[reportMissingImports]
 
     models = {
