@@ -149,7 +149,7 @@ def _read(path: Path, row: "np.ndarray", *, transform: "EvalTransform") -> str |
     try:
         row[:] = transform(decode_image(path, name=str(path)))
     except UnreadableImageError as error:
-        return str(error).splitlines()[0]
+        return " ".join(str(error).splitlines())
     return None
 
 

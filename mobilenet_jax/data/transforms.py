@@ -327,9 +327,7 @@ def make_train_transform(data_config) -> TrainTransform:
     """
     _check(data_config)
     if data_config.crop == "inception" and data_config.interpolation == "nearest":
-        raise ValueError(
-            "data.interpolation is 'nearest'; with data.crop = 'inception' it must be bilinear or bicubic."
-        )
+        raise ValueError("data.interpolation is 'nearest'; data.crop = 'inception' takes bilinear or bicubic.")
     return TrainTransform(**_fields(TrainTransform, data_config))
 
 

@@ -303,7 +303,7 @@ def test_training_without_augmentation_is_evaluation():
 
 def test_random_crops_are_never_sampled_without_a_filter():
     transforms.make_eval_transform(data_config(crop="inception", interpolation="nearest"))
-    with pytest.raises(ValueError, match=r"^data\.interpolation is 'nearest'; with data\.crop = 'inception'"):
+    with pytest.raises(ValueError, match=r"^data\.interpolation is 'nearest'; data\.crop = 'inception' takes"):
         transforms.make_train_transform(data_config(crop="inception", interpolation="nearest"))
 
 
