@@ -69,7 +69,8 @@ def get_config() -> ml_collections.ConfigDict:
     data.cutmix = 0.0  # alpha of Beta(alpha, alpha); 0: off; with mixup, one of the two is drawn for each step
     data.mix_probability = 1.0  # share of the steps that mix at all
     data.crop_share = 1.0  # evaluation: centre crop's side over the resized shorter side
-    data.interpolation = "bilinear"  # bilinear | bicubic, antialiased
+    data.interpolation = "bilinear"  # bilinear | bicubic, antialiased | nearest
+    data.squash = False  # evaluation: resize both sides alike, whatever the image's aspect, as Keras does
     data.mean = (127.5, 127.5, 127.5)  # grey levels, 0..255
     data.std = (127.5, 127.5, 127.5)  # grey levels
 

@@ -445,7 +445,7 @@ class Run:
         if state.ema is not None:
             kinds["eval_ema"] = state.ema
         for prefix, variables in kinds.items():
-            values, self._confusion = evaluate(
+            values, _, self._confusion = evaluate(
                 self._eval_step, variables, self._eval_batches, count=self._eval_count, mesh=self.mesh
             )
             metrics |= {f"{prefix}/{name}": value for name, value in values.items()}

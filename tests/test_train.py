@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.sharding import make_mesh
 from mobilenet_jax.train import NonFiniteError, Run, make_plan, train_and_evaluate, warn_of_slow_statistics
+from mobilenet_jax.weights.card import HALF
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
 
@@ -401,8 +403,8 @@ def test_init_takes_a_file_of_another_framework_if_its_sums_are_the_models(tmp_p
     model = create_model("mobilenet_v2", width=0.25, num_classes=10, convention="torchvision")
     variables = init_variables(model, seed=5)
     path = tmp_path / "w.pth"
-    card = {"name": "", "model": "mobilenet_v2", "width": 0.25, "convention": "torchvision", "preprocessing": {}}
-    card |= {"class_names": None, "source": {}, "metrics": {}, "notes": []}
+    card = {"name": "", "model": "mobilenet_v2", "width": 0.25, "convention": "torchvision"}
+    card |= {"preprocessing": asdict(HALF), "class_names": None, "source": {}, "metrics": {}, "notes": []}
     save_weights(path, model, variables, card, format="torchvision")
     here = {"model__name": "mobilenet_v2", "model__width": 0.25, "init": str(path)}
     with pytest.raises(
@@ -427,9 +429,7 @@ def test_a_run_is_weights_with_a_card(finished):
             np.testing.assert_array_equal(leaf, leaves[f"ema.{part}.{name}"])
     assert (model.lowering, model.spec.num_classes, model.spec.stem.stride) == ("plain", 10, 1)
     assert (card["name"], card["model"], card["width"]) == ("mobilenet_v2", "mobilenet_v1", 0.1)
-    assert card["preprocessing"] == {
-        **{key: meta["config"][f"data.{key}"] for key in ("image_size", "crop_share", "interpolation", "mean", "std")}
-    }
+    assert card["preprocessing"] == {key: meta["config"][f"data.{key}"] for key in asdict(HALF)}
     assert card["class_names"] == list("0123456789")
     assert card["metrics"]["eval_ema/top1"] == read_result(finished)["top1"]
     # Any checkpoint of the run by its folder, and the whole of it in one file.

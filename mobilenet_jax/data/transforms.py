@@ -14,32 +14,49 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from mobilenet_jax.data.decode import CroppableJpeg
 
-INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_LONG = 8  # aspect from which an image is resized in part; Pillow's boxes are float32, which costs a grey level
 CROPS = ("inception", "pad", "resize")
 
 
-def resize_and_center_crop(image: np.ndarray, size: int, *, crop_share: float, interpolation: str) -> np.ndarray:
-    """Resizes the shorter side to round(size / crop_share) pixels and keeps the central size x size.
+def resize_and_center_crop(
+    image: np.ndarray, size: int, *, crop_share: float, interpolation: str, squash: bool = False
+) -> np.ndarray:
+    """Resizes the shorter side to size / crop_share pixels, rounded down, and keeps the central size x size.
 
-    Both happen in one antialiased pass over the kept region, so that an extremely long image costs no more
-    than a square one; the region is centred to a fraction of a pixel.
+    The pixels are those of torchvision's Resize and CenterCrop, with their roundings of the longer side and of the
+    crop's place, and of timm's. An extremely long image costs no more than a square one: only what is kept of it is
+    resized.
 
     Args:
       image: uint8[H, W, 3].
       size: pixels of the result's sides.
       crop_share: side of the crop over the resized shorter side, in (0, 1].
-      interpolation: a name in INTERPOLATIONS.
+      interpolation: a name in INTERPOLATIONS; nearest samples, the others filter.
+      squash: resize both sides to size / crop_share instead, whatever the image's aspect, as Keras' load_img.
 
     Returns:
       uint8[size, size, 3].
     """
     height, width = image.shape[:2]
-    side = min(height, width) * size / round(size / crop_share)
-    left, top = (width - side) / 2, (height - side) / 2
-    if (left, top, side) == (0, 0, size):
-        return image
-    box = (left, top, left + side, top + side)
-    return np.asarray(Image.fromarray(image).resize((size, size), INTERPOLATIONS[interpolation], box=box))
+    shorter = int(size / crop_share + 1e-6)
+    if squash:
+        resized = (shorter, shorter)
+    else:
+        resized = int(shorter * width / min(width, height)), int(shorter * height / min(width, height))
+    left, top = (round((side - size) / 2) for side in resized)
+    if resized == (width, height):
+        return image[top : top + size, left : left + size]
+    pixels, resample = Image.fromarray(image), INTERPOLATIONS[interpolation]
+    if max(resized) <= _LONG * shorter:
+        return np.asarray(pixels.resize(resized, resample))[top : top + size, left : left + size]
+    x, y = width / resized[0], height / resized[1]
+    box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
+    return np.asarray(pixels.resize((size, size), resample, box=box))
 
 
 def crop_inception(
@@ -211,11 +228,16 @@ class EvalTransform:
     image_size: int
     crop_share: float
     interpolation: str
+    squash: bool
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """uint8[H, W, 3] to uint8[S, S, 3]."""
         return resize_and_center_crop(
-            image, self.image_size, crop_share=self.crop_share, interpolation=self.interpolation
+            image,
+            self.image_size,
+            crop_share=self.crop_share,
+            interpolation=self.interpolation,
+            squash=self.squash,
         )
 
 
@@ -229,6 +251,7 @@ class TrainTransform:
     image_size: int
     crop_share: float
     interpolation: str
+    squash: bool
     crop: str
     area_range: tuple[float, float]
     aspect_range: tuple[float, float]
@@ -244,9 +267,7 @@ class TrainTransform:
         """uint8[H, W, 3] to uint8[S, S, 3] as evaluation has it; unchanged where the crop is random."""
         if self.crop == "inception":
             return image
-        return resize_and_center_crop(
-            image, self.image_size, crop_share=self.crop_share, interpolation=self.interpolation
-        )
+        return EvalTransform(self.image_size, self.crop_share, self.interpolation, self.squash)(image)
 
     def augment(self, image: np.ndarray | CroppableJpeg, rng: np.random.Generator) -> np.ndarray:
         """A prepared image to uint8[S, S, 3]; never writes to its argument.
@@ -305,6 +326,8 @@ def make_train_transform(data_config) -> TrainTransform:
       ValueError: an impossible value of config.data, in one sentence.
     """
     _check(data_config)
+    if data_config.crop == "inception" and data_config.interpolation == "nearest":
+        raise ValueError("data.interpolation is 'nearest'; data.crop = 'inception' takes bilinear or bicubic.")
     return TrainTransform(**_fields(TrainTransform, data_config))
 
 
