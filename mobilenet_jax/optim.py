@@ -134,11 +134,11 @@ def find_frozen(optim_config, params):
 
     Raises ValueError for a pattern that matches nothing, and if all match.
     """
-    rules = [(pattern, True) for pattern in optim_config.freeze] + [(".*", False)]
-    frozen = match_rules(params, rules, key="optim.freeze")
-    if all(jax.tree.leaves(frozen)):
+    rules = [(pattern, "frozen") for pattern in optim_config.freeze] + [(".*", "trained")]
+    labels = match_rules(params, rules, key="optim.freeze")
+    if "trained" not in jax.tree.leaves(labels):
         raise ValueError(f"optim.freeze is {tuple(optim_config.freeze)}, which leaves no parameter to train")
-    return frozen
+    return jax.tree.map(lambda label: label == "frozen", labels)
 
 
 def _rmsprop(optim_config, schedule: optax.Schedule) -> optax.GradientTransformation:
