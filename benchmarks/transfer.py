@@ -119,7 +119,8 @@ def find_mistakes(workdir: Path, config, *, count: int) -> list[tuple[np.ndarray
 
     @jax.jit
     def predict(images):
-        return jax.nn.softmax(model.apply(variables, normalise_images(images, mean, std)))
+        logits: Any = model.apply(variables, normalise_images(images, mean, std))
+        return jax.nn.softmax(logits)
 
     found = []
     for batch in make_eval_batches(config.data, process_index=0, process_count=1)[0]:

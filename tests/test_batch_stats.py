@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -38,7 +39,7 @@ def test_trap_17_the_first_norm_has_the_moments_of_all_images(batch_size, device
     """Of what no norm comes before: the variance between batches is in it, and the initial statistics are not."""
     variables = init_variables(MobileNet(SPEC), seed=0)
     kernel = variables["params"]["stem"]["conv"]["kernel"]
-    inputs = normalise_images(IMAGES, MEAN, STD)
+    inputs = normalise_images(jnp.asarray(IMAGES), MEAN, STD)
     # An even size with stride 2 pads (0, 1), as TensorFlow does.
     maps = jax.lax.conv_general_dilated(
         inputs, kernel, (2, 2), [(0, 1), (0, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -54,7 +55,7 @@ def test_trap_17_the_first_norm_has_the_moments_of_all_images(batch_size, device
 def test_one_batch_gives_the_statistics_that_training_would_see_and_drops_nothing():
     """Whatever bn_decay, drop path and frozen statistics say."""
     model = MobileNet(Spec(**{**vars(SPEC), "bn_decay": 0.0, "drop_path": 0.0, "num_classes": 0}))
-    inputs = normalise_images(IMAGES, MEAN, STD)
+    inputs = normalise_images(jnp.asarray(IMAGES), MEAN, STD)
     _, want = model.apply(init_variables(MobileNet(SPEC), seed=0), inputs, train=True, mutable=["batch_stats"])
     for found in (measure(48), measure(48, freeze_stats=True)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found[0], want["batch_stats"])

@@ -1,6 +1,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from configs import base
@@ -36,9 +37,9 @@ def test_features_are_what_the_classifier_sees_of_each_image_once_and_in_order()
     np.testing.assert_array_equal(labels, [source[i].label for i in range(360)])
     batches, _ = make_eval_batches(make_config().data, process_index=0, process_count=1)
     images = np.concatenate([batch["images"][batch["mask"]] for batch in batches])
-    inputs = normalise_images(images, MEAN, STD)
+    inputs = normalise_images(jnp.asarray(images), MEAN, STD)
     logits = jax.jit(MODEL.apply)(variables, inputs)
-    got = LinearProbe(MODEL.spec).apply(variables, vectors[:, None, None, :])
+    got: Any = LinearProbe(MODEL.spec).apply(variables, vectors[:, None, None, :])
     # The whole network's logits from the vectors and the classifier alone, by the same parameter paths.
     np.testing.assert_allclose(got, logits, rtol=1e-4, atol=1e-5)
 
@@ -48,8 +49,11 @@ def test_the_probe_drops_its_input_in_training_alone():
     probe = LinearProbe(MODEL.spec)
     vectors = np.ones((4, 1, 1, 1024), np.float32)
     kernel, bias = variables["params"]["classifier"].values()
-    np.testing.assert_allclose(probe.apply(variables, vectors), vectors[:, 0, 0] @ kernel + bias, rtol=1e-4, atol=1e-5)
-    drawn = [probe.apply(variables, vectors, train=True, rngs={"dropout": jax.random.key(i)}) for i in (0, 1, 0)]
+    logits: Any = probe.apply(variables, vectors)
+    np.testing.assert_allclose(logits, vectors[:, 0, 0] @ kernel + bias, rtol=1e-4, atol=1e-5)
+    drawn: list[Any] = [
+        probe.apply(variables, vectors, train=True, rngs={"dropout": jax.random.key(i)}) for i in (0, 1, 0)
+    ]
     np.testing.assert_array_equal(drawn[0], drawn[2])
     assert np.abs(np.subtract(drawn[0], drawn[1])).min() > 0
 

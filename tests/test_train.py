@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -257,8 +258,8 @@ def break_step(monkeypatch, bad_step: int, change) -> None:
     """Have `change(state, sums)` come out of the compiled step `bad_step`."""
     original = Run._compile
 
-    def compile_step(self, batch, key):
-        compiled = original(self, batch, key)
+    def compile_step(self, batch, key, **phase):
+        compiled = original(self, batch, key, **phase)
 
         def step(state, batch, key):
             done = int(state.step) + 1
@@ -528,11 +529,11 @@ def test_trap_17_the_run_ends_with_statistics_of_its_last_parameters(phases):
     stream.close()
     leaves, meta = read_checkpoint(phases)
     assert meta["iterator"]["next_batch"] == STEPS  # the stream that training would continue
-    inputs = (images.astype(np.float32) - 127.5) / 127.5
+    inputs = jnp.asarray((images.astype(np.float32) - 127.5) / 127.5)
     for kind in ("", "ema."):
         maps = jax.lax.conv_general_dilated(
             inputs,
-            leaves[f"{kind}params.stem.conv.kernel"],
+            jnp.asarray(leaves[f"{kind}params.stem.conv.kernel"]),
             (1, 1),
             "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
