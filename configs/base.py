@@ -108,7 +108,8 @@ def get_config() -> ml_collections.ConfigDict:
     # (pattern, factor) on parameter paths, first match wins: scales l2 and weight_decay
     optim.decay_rules = (("kernel$", 1.0), (".*", 0.0))
     optim.freeze = ()  # patterns of parameter paths that are not trained
-    optim.freeze_epochs = placeholder(float)  # end of `freeze`, and until then of moving statistics; none: the run's
+    # Epochs after which what `freeze` names is trained too; until then batch norm keeps its statistics. none: never.
+    optim.freeze_epochs = placeholder(float)
     optim.layer_decay = 1.0  # each layer's learning rate over that of the layer above it; the classifier has all of it
     optim.clip_norm = 0.0  # largest global gradient norm; 0: no clipping
 

@@ -89,7 +89,8 @@ def make_optimizer(
       schedule: from `make_schedule`.
       frozen: from `find_frozen`, where the caller has it already.
       freeze_steps: updates after which frozen parameters thaw; their gradients are to be 0 until then. None: never.
-      layers: the first parts of the parameters' paths, from the stem to the classifier, for `layer_decay`.
+      layers: the first parts of the parameters' paths, from the stem to the classifier; needed where `layer_decay` is
+        not 1.
 
     Returns:
       An optax transformation whose `update` needs the parameters. Its state holds arrays and nothing else.

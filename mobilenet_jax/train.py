@@ -147,6 +147,8 @@ def _check(config, mesh: Mesh) -> None:
     for key in ("eval_every_epochs", "save_every_epochs"):
         if train[key] < 0:
             raise ValueError(f"train.{key} is {train[key]}; valid: above 0, or 0 for the end of the run alone")
+    if train.recompute_stats_epochs < 0:
+        raise ValueError(f"train.recompute_stats_epochs is {train.recompute_stats_epochs}; valid: 0 (off) or more")
     if (train.epochs if train.steps is None else train.steps) <= 0:
         raise ValueError("train.steps, or train.epochs where steps is none, must be above 0")
     check_batch_size("data.batch_size / train.accumulate", data.batch_size / train.accumulate, mesh)

@@ -354,6 +354,7 @@ def test_trap_17_is_part_of_a_run_with_moving_statistics(tmp_path, caplog):
         ("train__steps", 0, "train.steps, or train.epochs"),
         ("train__log_every_steps", 0, "train.log_every_steps is 0; valid: 1 or more"),
         ("train__save_every_epochs", -1.0, "train.save_every_epochs is -1"),
+        ("train__recompute_stats_epochs", -1.0, "train.recompute_stats_epochs is -1"),
         ("train__accumulate", 3, "data.batch_size / train.accumulate"),
         ("data__mixup", -0.1, "data.mixup is -0.1"),
         ("data__mix_probability", 1.5, "data.mix_probability is 1.5"),
