@@ -46,6 +46,7 @@ class StepOptions:
     accumulate: int = 1  # micro-batches
     ema_decay: float = 0.0
     axis: str | None = None  # the mesh axis of a per-device step under `shard_map`
+    frozen: Any = None  # bools in the parameters' structure: for these no gradient is computed, it is 0
 
 
 def create_state(variables: dict, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
@@ -73,7 +74,8 @@ def train_step(
 ) -> tuple[TrainState, Sums]:
     """Update on {"images" uint8 [B, H, W, C], "labels" int [B]}.
 
-    The metrics are (sum, count) over the global batch, the gradient's norm is that before any clipping.
+    The metrics are (sum, count) over the global batch, the gradient's norm is that of what is trained, before any
+    clipping.
     """
     key = jax.random.fold_in(key, state.step)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -139,6 +141,8 @@ def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, *, model, op
         )
 
     def loss_fn(params):
+        if options.frozen is not None:
+            params = jax.tree.map(lambda p, frozen: lax.stop_gradient(p) if frozen else p, params, options.frozen)
         logits, updated = model.apply(
             {**variables, "params": params},
             images,

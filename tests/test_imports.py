@@ -53,6 +53,8 @@ ALLOWED = {
     "models.cost": {"models.spec"},
     "summary": {"models.cost", "models.spec", "models.zoo"},
     "convert": {"weights.load", "weights.save"},
+    "features": {"data.sources", "models.layers", "models.network", "models.spec", "sharding", "steps"},
+    "batch_stats": {"models.network", "sharding", "steps"},
     "weights.card": {"models.spec", "weights"},
     "weights.naming": {"models.init", "models.spec", "models.zoo", "weights", "weights.card"},
     "weights.torch_names": {"models.spec", "weights.card", "weights.naming"},

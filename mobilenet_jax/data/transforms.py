@@ -80,7 +80,7 @@ def crop_inception(
       size: pixels of the result's sides.
       area_range: smallest and largest share.
       aspect_range: smallest and largest aspect.
-      interpolation: a name in INTERPOLATIONS.
+      interpolation: bicubic; with any other name the crop is resized bilinearly.
       flip: whether left and right are exchanged in half of the draws.
 
     Returns:
@@ -95,7 +95,8 @@ def crop_inception(
         return image.resize_crop(box, size=size, bicubic=interpolation == "bicubic", mirrored=mirrored)
     left, top, width, height = box
     crop = Image.fromarray(image[top : top + height, left : left + width])
-    resized = crop.resize((size, size), INTERPOLATIONS[interpolation])
+    resample = Image.Resampling.BICUBIC if interpolation == "bicubic" else Image.Resampling.BILINEAR
+    resized = crop.resize((size, size), resample)
     return np.asarray(ImageOps.mirror(resized) if mirrored else resized)
 
 
@@ -326,8 +327,6 @@ def make_train_transform(data_config) -> TrainTransform:
       ValueError: an impossible value of config.data, in one sentence.
     """
     _check(data_config)
-    if data_config.crop == "inception" and data_config.interpolation == "nearest":
-        raise ValueError("data.interpolation is 'nearest'; data.crop = 'inception' takes bilinear or bicubic.")
     return TrainTransform(**_fields(TrainTransform, data_config))
 
 

@@ -98,7 +98,10 @@ _TYPES = {
 
 
 def check_card(card: object, *, source: str) -> Spec:
-    """The spec of a card; WeightsError where something is missing or of another type."""
+    """The spec of a card; WeightsError where something is missing or of another type.
+
+    A card from before a key of the preprocessing was there gets that key's default.
+    """
     if not isinstance(card, dict):
         raise WeightsError(f"the card of {source} is no JSON object")
     for key, kind in _TYPES.items():
@@ -108,7 +111,7 @@ def check_card(card: object, *, source: str) -> Spec:
         spec = from_json(card["spec"])
     except ValueError as error:
         raise WeightsError(f"the card of {source} holds no network: {error}") from error
-    read_preprocessing(card, source=source)
+    card["preprocessing"] = dataclasses.asdict(read_preprocessing(card, source=source)) | card["preprocessing"]
     names = card["class_names"]
     if names is not None and len(names) != spec.num_classes:
         raise WeightsError(f"the card of {source} has {len(names)} class names for {spec.num_classes} classes")
