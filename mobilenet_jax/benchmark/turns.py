@@ -149,8 +149,8 @@ def measure(
       case: what the workers load: "what" a key of SIDES, "threads" their cores.
       sides: the first of them is what the others are compared with.
       pythons: the interpreter of a side, where it is not this one.
-      rounds: turns of each side; 0 loads and compiles alone. A turn begins with one step that is not timed. Each round
-        runs in the reverse order of the one before.
+      rounds: turns of each side; 0 loads and compiles alone. A turn begins with half as many steps that are not
+        timed, one at least. Each round runs in the reverse order of the one before.
       seconds: about the length of a turn.
 
     Returns:
@@ -183,7 +183,7 @@ def _take_turns(workers: dict[str, Worker], failed: dict[str, str], *, rounds: i
         for side in list(workers)[:: 1 if number % 2 else -1]:
             try:
                 if number >= 0:  # what lay idle for the others' turns is slow at first: caches, reclaimed memory
-                    workers[side].run(1)
+                    workers[side].run(max(1, steps[side] // 2))
                 taken = workers[side].run(steps.get(side, 1)) / steps.get(side, 1)
             except WorkerError as error:
                 failed[side] = str(error)
