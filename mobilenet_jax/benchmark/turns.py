@@ -179,20 +179,24 @@ def measure(
 def _take_turns(workers: dict[str, Worker], failed: dict[str, str], *, rounds: int, seconds: float):
     times: dict[str, list[float]] = {side: [] for side in workers}
     steps: dict[str, int] = {}
-    for number in range(-2, rounds):  # the first run warms up, the second says how many steps a turn has
+    for number in range(-2, rounds):  # the first run warms up, those after it say how many steps a turn has
         for side in list(workers)[:: 1 if number % 2 else -1]:
             try:
                 if number >= 0:  # what lay idle for the others' turns is slow at first: caches, reclaimed memory
                     workers[side].run(max(1, steps[side] // 2))
-                taken = workers[side].run(steps.get(side, 1)) / steps.get(side, 1)
+                count = steps.get(side, 1)
+                taken = workers[side].run(count)
+                while number == -1 and taken < seconds / 4:  # a few steps say little: batches may be waiting
+                    count *= 2
+                    taken = workers[side].run(count)
             except WorkerError as error:
                 failed[side] = str(error)
                 del workers[side]
                 continue
             if number == -1:
-                steps[side] = max(1, round(seconds / taken))
+                steps[side] = max(1, round(seconds / taken * count))
             elif number >= 0:
-                times[side].append(taken)
+                times[side].append(taken / count)
     return times
 
 
