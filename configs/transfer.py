@@ -80,6 +80,7 @@ def _frozen(config) -> None:
 
 def _finetune(config) -> None:
     _train_the_classifier(config, epochs=12.0)
+    config.train.eval_every_epochs = 3.0
     config.optim.freeze_epochs = 3.0
     config.optim.layer_decay = 0.8  # not tuned
     config.optim.clip_norm = 5.0
