@@ -8,7 +8,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullLocator
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
-_COLORS = {"ours": "#0072B2", "torch": "#D55E00", "keras": "#CC79A7", "flax": "#009E73", "tfdata": "#E69F00"}
+_COLORS = {
+    "ours": "#0072B2",
+    "torch": "#D55E00",
+    "keras": "#CC79A7",
+    "flax": "#009E73",
+    "litert": "#56B4E9",
+    "tfdata": "#E69F00",
+}
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 

@@ -19,7 +19,7 @@ _NETWORK = {"ours": "jax_worker.py", "flax": "jax_worker.py", "keras": "keras_wo
 # For each kind of case the sides there are, and the file that each runs.
 SIDES: dict[str, dict[str, str]] = {
     "train": _NETWORK,
-    "infer": _NETWORK,
+    "infer": {**_NETWORK, "litert": "litert_worker.py"},
     "memory": {"ours": "jax_worker.py", "flax": "jax_worker.py"},  # nothing else tells what a step will need
     "input": {"ours": "loader_worker.py", "tfdata": "tfdata_worker.py"},
     "augment": {"ours": "loader_worker.py"},

@@ -149,7 +149,12 @@ def test_without_rounds_nothing_runs(sides, tmp_path):
 
 @pytest.mark.parametrize(
     ("what", "side", "package"),
-    [("train", "torch", "torch"), ("infer", "keras", "keras"), ("input", "tfdata", "tensorflow")],
+    [
+        ("train", "torch", "torch"),
+        ("infer", "keras", "keras"),
+        ("infer", "litert", "tensorflow"),
+        ("input", "tfdata", "tensorflow"),
+    ],
 )
 def test_peer_that_is_not_installed_is_named(tmp_path, what, side, package):
     venv.create(tmp_path, symlinks=True)
