@@ -62,7 +62,7 @@ def run(way: str, *, seed: int, flags: argparse.Namespace, card: dict) -> dict:
     clock.write_text(f"{seconds:.1f}")
     if "stopped" in result:
         raise KeyboardInterrupt
-    row = {"way": way, "seed": seed, "epochs": result["epoch"], "seconds": seconds}
+    row = {"way": way, "seed": seed, "epochs": result["epoch"], "seconds": round(seconds, 1)}
     return row | {name: result[name] for name in COLUMNS if name in result}
 
 

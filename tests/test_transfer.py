@@ -95,7 +95,7 @@ def test_from_scratch_nothing_is_frozen_and_all_else_is_as_in_finetuning(argumen
 
 
 def test_mistakes_are_the_surest_wrong_answers(arguments, tmp_path):
-    command = [*arguments, "--ways", "probe", "--image_size=32", "--epochs=30", "--seeds=1"]
+    command = [*arguments, "--ways", "probe", "--image_size=32", "--epochs=400", "--seeds=1"]
     assert transfer.main(command) == 0
     confusion = np.loadtxt(tmp_path / "study" / "probe_0" / "confusion.csv", delimiter=",", dtype=int)
     card = transfer.load_weights(tmp_path / "w.safetensors")[2]
