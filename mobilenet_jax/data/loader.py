@@ -72,7 +72,7 @@ class _Untouched:
     def prepare(self, features: np.ndarray) -> np.ndarray:
         return features
 
-    def augment(self, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def augment(self, features: Any, rng: np.random.Generator) -> np.ndarray:
         del rng
         return features
 
@@ -86,8 +86,8 @@ def _draw_order(count: int, seed: int, epoch: int) -> np.ndarray:
 class _LoadTrainBatch:
     """The number of a training batch -> this process's block of it, augmented.
 
-    One call makes a whole batch: Grain's own shuffling, mapping and batching cost a twentieth of a millisecond an image,
-    a tenth of what the image itself takes.
+    One call makes a whole batch: Grain's own shuffling, mapping and batching cost a twentieth of a millisecond an
+    image, a tenth of what the image itself takes.
     """
 
     def __init__(
