@@ -120,6 +120,7 @@ def draw_resolutions(results: Sequence[dict], path: Path) -> None:
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
     axes.set_xlabel("resolution, pixels")
     axes.set_ylabel("training step, milliseconds an image\n(dashed: in proportion to multiply-adds)")
     axes.legend(frameon=False, fontsize=8)
