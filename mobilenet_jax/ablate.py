@@ -8,17 +8,17 @@ finished; a second process with it takes other runs.
 
 import argparse
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mobilenet_jax.main import UsageError, configure_jax, load_config, show_own_messages
+from mobilenet_jax.main import UsageError, load_config
 from mobilenet_jax.malloc import restart_tuned
 from mobilenet_jax.models.cost import Cost
 from mobilenet_jax.models.spec import check_choice
+from mobilenet_jax.runtime import add_cache_flag, configure_memory, show_own_messages
 from mobilenet_jax.study import (
     RunKey,
     Study,
@@ -48,12 +48,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant; default: 3")
     parser.add_argument("--only", metavar="VARIANT", help="run this variant alone")
     parser.add_argument("--dry_run", action="store_true", help="print what would run, and stop")
-    parser.add_argument(
-        "--compilation_cache",
-        default=os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/mobilenet_jax"),
-        help="folder of compiled programs, or off; default: %(default)s",
-    )
-    parser.set_defaults(distributed=False, coordinator_address=None)
+    add_cache_flag(parser)
     overrides = [a for a in argv if a.startswith("--config.")]
     flags = parser.parse_args([a for a in argv if a not in overrides])
     if flags.seeds < 1:
@@ -226,7 +221,7 @@ def run(flags: argparse.Namespace, overrides: list[str]) -> int:
     from mobilenet_jax.data.decode import UnreadableImageError
 
     show_own_messages()
-    configure_jax(flags)
+    print(configure_memory(flags.compilation_cache), file=sys.stderr)
     try:
         stopped = run_all(study, workdir, runs, plan.num_classes)
     except (UnreadableImageError, OSError) as error:

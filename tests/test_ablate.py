@@ -58,7 +58,7 @@ def sweep():
 def keep_process(monkeypatch):
     """One device, and nothing of what a command sets for its process outlives the test."""
     monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-    monkeypatch.setattr(ablate, "configure_jax", lambda flags: None)
+    monkeypatch.setattr(ablate, "configure_memory", lambda folder: "")
     monkeypatch.setattr(sys, "path", list(sys.path))
     sys.modules.pop("config_config", None)  # where ml_collections has the last config file
     handlers, absl_logger = logging.root.handlers[:], logging.getLogger("absl")

@@ -28,6 +28,7 @@ from mobilenet_jax.models.spec import Conv, InvertedResidual, Spec
 from mobilenet_jax.sharding import (
     AXIS,
     check_batch_size,
+    describe_devices,
     make_key,
     make_mesh,
     put_batch,
@@ -64,6 +65,12 @@ def make_variables() -> dict:
 
 def mesh_of(devices: int) -> Mesh:
     return make_mesh(jax.devices()[:devices])
+
+
+def test_devices_are_named_and_a_missing_platform_stops():
+    assert describe_devices() == describe_devices("cpu") == "8 cpu, processes: 1"
+    with pytest.raises(RuntimeError, match=r"^tpu was asked for and JAX .* found 8 cpu, processes: 1; choose"):
+        describe_devices("tpu")
 
 
 def step_once(
@@ -118,6 +125,19 @@ def test_trap_33_with_frozen_statistics_every_way_takes_the_same_step(parallel, 
     """SGD, because RMSProp would hide a factor of the gradient."""
     got = step_once(parallel, devices, freeze_stats=True, accumulate=accumulate)
     assert_same_step(got, frozen_on_one_device())
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_frozen_parameters_stay_and_the_others_step_alike_on_several_devices(parallel):
+    start = make_variables()["params"]
+    frozen = {name: jax.tree.map(lambda _, n=name: n != "classifier", part) for name, part in start.items()}
+    state, _ = step_once(parallel, 3, freeze_stats=True, frozen=frozen)
+    want, _ = frozen_on_one_device()
+    for name in start:
+        same = want.params if name == "classifier" else start
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state.params[name], same[name]
+        )
 
 
 @pytest.mark.parametrize("devices", [3, 8])
