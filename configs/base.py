@@ -80,6 +80,7 @@ def get_config() -> ml_collections.ConfigDict:
     train.accumulate = 1  # micro-batches a step is computed in, one after the other
     train.freeze_stats = False  # batch norm uses its running statistics in training too, and keeps them
     train.log_every_steps = 10
+    train.diagnose_every_steps = 0  # count dead depthwise filters and variances near 0 in the metrics; 0: never
     train.eval_every_epochs = 1.0
     train.save_every_epochs = 1.0
     train.keep_checkpoints = 2  # the newest N

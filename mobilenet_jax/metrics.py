@@ -90,7 +90,7 @@ class MetricsWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _parse_lines(path) if line["step"] <= start_step] if path.exists() else []
         self._step = kept[-1]["step"] if kept else -1
-        _write_atomic(path, "".join(map(_encode, kept)))
+        write_text_atomic(path, "".join(map(_encode, kept)))
         self._file = path.open("a", encoding="utf-8")
         # The suffix keeps a run that is resumed within a second from overwriting the file of the one before.
         self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, filename_suffix=f".{time.time_ns()}")
@@ -179,10 +179,11 @@ def write_json_atomic(path: str | os.PathLike, obj) -> None:
     Raises:
       ValueError, TypeError: the object has no JSON form; numbers that are not finite have none.
     """
-    _write_atomic(Path(path), json.dumps(obj, indent=2, allow_nan=False) + "\n")
+    write_text_atomic(Path(path), json.dumps(obj, indent=2, allow_nan=False) + "\n")
 
 
-def _write_atomic(path: Path, text: str) -> None:
+def write_text_atomic(path: Path, text: str) -> None:
+    """Writes UTF-8 such that at any moment the file is the old one or the new one, on disk."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
