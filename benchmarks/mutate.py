@@ -1,22 +1,29 @@
-"""Damaged weights, one after the other: each must load, or be refused in one sentence, and soon.
+"""Damaged weights and images, one after the other: each must load, or be refused in one sentence, and soon.
 
     python benchmarks/mutate.py --count=1000
 
-Files of every format are cut off, have bits flipped, ranges zeroed or repeated, types swapped, and numbers of their
-headers made huge, from a seed. A row of the table counts what came of them; 1 is returned where something was neither
-loaded nor refused, took more than 10 seconds, or where memory grew by more than a gigabyte.
+So many files of weights, and as many images, of every format are cut off, have bits flipped, ranges zeroed or repeated,
+types swapped, and numbers of their headers made huge, from a seed. A row of the table counts what came of them; 1 is
+returned where something was neither loaded nor refused, took more than 10 seconds, or where memory grew by more than a
+gigabyte.
 """
 
 import argparse
 import collections
+import io
 import random
 import resource
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from mobilenet_jax import load_weights, save_weights
+from mobilenet_jax.data.decode import UnreadableImageError, decode_image
 from mobilenet_jax.weights import WeightsError
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
@@ -29,6 +36,21 @@ FILES = (
     "keras_v1_025/model.h5",
     "keras_v1_025/model.keras",
 )
+# Name and Pillow's options of the images that are damaged.
+IMAGES: dict[str, dict] = {
+    "grey.png": {"mode": "L"},
+    "palette.png": {"mode": "P"},
+    "transparent.png": {"mode": "RGBA"},
+    "sixteen.png": {"mode": "I;16"},
+    "plain.jpg": {"mode": "RGB"},
+    "progressive.jpg": {"mode": "RGB", "progressive": True},
+    "cmyk.jpg": {"mode": "CMYK"},
+    "lossy.webp": {"mode": "RGB"},
+    "lossless.webp": {"mode": "RGBA", "lossless": True},
+    "palette.gif": {"mode": "P"},
+    "plain.bmp": {"mode": "RGB"},
+    "other.tiff": {"mode": "RGB"},
+}
 _SECONDS = 10
 _BYTES = 1 << 30
 # What names a type in the formats; the lengths agree, so that what follows keeps its place.
@@ -78,8 +100,29 @@ def mutate(data: bytes, generator: random.Random) -> bytes:
     return bytes(changed)
 
 
-def try_file(path: Path) -> str:
-    """`loaded`, or `refused`; whatever else `load_weights` raises comes through, and a TimeoutError."""
+def write_image(path: Path) -> None:
+    """Write the image of IMAGES that a path is called after: a photograph's smoothness, a label in its EXIF data."""
+    options = dict(IMAGES[path.name])
+    mode, (y, x) = options.pop("mode"), np.mgrid[:150, :200]
+    if mode == "I;16":
+        image = Image.fromarray((x * y).astype(np.uint16))
+    else:
+        image = Image.fromarray(np.stack([x, y, 255 - x, x + y // 2], axis=-1).astype(np.uint8)).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kind = {} if path.suffix in (".gif", ".bmp") else {"exif": exif}
+    buffer = io.BytesIO()
+    image.save(buffer, Image.registered_extensions()[path.suffix], **kind, **options)
+    path.write_bytes(buffer.getvalue())
+
+
+def read_image(path: Path) -> None:
+    """As `predict` reads it."""
+    decode_image(path, name=str(path))
+
+
+def try_file(path: Path, load: Callable[[Path], object] = load_weights) -> str:
+    """`loaded`, or `refused`; whatever else `load` raises comes through, and a TimeoutError."""
 
     def stop(*_):
         raise TimeoutError(f"more than {_SECONDS} s")
@@ -87,8 +130,8 @@ def try_file(path: Path) -> str:
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(_SECONDS)
     try:
-        load_weights(path)
-    except WeightsError as error:
+        load(path)
+    except (WeightsError, UnreadableImageError) as error:
         if len(str(error).splitlines()) == 1:
             return "refused"
         raise
@@ -100,7 +143,7 @@ def try_file(path: Path) -> str:
 def main() -> int:
     """Print the table; 1 where something went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000, help="files in all; default: %(default)s")
+    parser.add_argument("--count", type=int, default=1000, help="files of weights, and images; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fixtures", type=Path, default=FIXTURES, help="default: %(default)s")
     flags = parser.parse_args()
@@ -109,14 +152,18 @@ def main() -> int:
         ours = Path(folder) / "ours.safetensors"
         save_weights(ours, *load_weights(flags.fixtures / FILES[0]))
         sources = [*(flags.fixtures / file for file in FILES), ours]
+        images = [Path(folder) / name for name in IMAGES]
+        for image in images:
+            write_image(image)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for source in sources:
+        for source in [*sources, *images]:
             data, counts = source.read_bytes(), collections.Counter()
-            for i in range(-(-flags.count // len(sources))):
+            load, kin = (read_image, images) if source in images else (load_weights, sources)
+            for i in range(-(-flags.count // len(kin))):
                 path = Path(folder) / f"mutated{source.suffix}"
                 path.write_bytes(mutate(data, random.Random(f"{flags.seed} {source.name} {i}")))
                 try:
-                    counts[try_file(path)] += 1
+                    counts[try_file(path, load)] += 1
                 except BaseException as error:  # this is what is looked for
                     counts["failed"] += 1
                     print(f"{source.name} {i}: {type(error).__name__}: {error}", file=sys.stderr)

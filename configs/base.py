@@ -19,6 +19,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_name = ""  # the model in that file, as timm/tf_mobilenetv3_large_100, where its tensors do not say it
 
     model = config.model = ml_collections.ConfigDict()
+    # Where name, width, convention or data.image_size, crop_share, interpolation, squash, mean or std is none, it is
+    # that of the card of `init`, as in transfer.py.
     model.name = "mobilenet_v2"  # a name of `python -m mobilenet_jax.summary --list`
     model.width = 1.0  # width multiplier, by the rule of the model's paper and convention
     model.convention = "keras"  # keras | timm | timm_tf | torchvision: padding, epsilon, width rule, head
@@ -69,7 +71,8 @@ def get_config() -> ml_collections.ConfigDict:
     data.cutmix = 0.0  # alpha of Beta(alpha, alpha); 0: off; with mixup, one of the two is drawn for each step
     data.mix_probability = 1.0  # share of the steps that mix at all
     data.crop_share = 1.0  # evaluation: centre crop's side over the resized shorter side
-    data.interpolation = "bilinear"  # bilinear | bicubic, antialiased
+    data.interpolation = "bilinear"  # bilinear | bicubic, antialiased | nearest (inception crops: bilinear)
+    data.squash = False  # evaluation: resize both sides alike, whatever the image's aspect, as Keras does
     data.mean = (127.5, 127.5, 127.5)  # grey levels, 0..255
     data.std = (127.5, 127.5, 127.5)  # grey levels
 
@@ -79,6 +82,10 @@ def get_config() -> ml_collections.ConfigDict:
     train.label_smoothing = 0.0
     train.accumulate = 1  # micro-batches a step is computed in, one after the other
     train.freeze_stats = False  # batch norm uses its running statistics in training too, and keeps them
+    # Passes over the training images that measure the batch-norm statistics anew at the run's end; 0: the running ones
+    # stay. May be a fraction.
+    train.recompute_stats_epochs = 0.0
+    train.cache_features = False  # run every image through the network once and train the classifier on what comes out
     train.log_every_steps = 10
     train.diagnose_every_steps = 0  # count dead depthwise filters and variances near 0 in the metrics; 0: never
     train.eval_every_epochs = 1.0
@@ -103,6 +110,9 @@ def get_config() -> ml_collections.ConfigDict:
     # (pattern, factor) on parameter paths, first match wins: scales l2 and weight_decay
     optim.decay_rules = (("kernel$", 1.0), (".*", 0.0))
     optim.freeze = ()  # patterns of parameter paths that are not trained
+    # Epochs after which what `freeze` names is trained too; until then batch norm keeps its statistics. none: never.
+    optim.freeze_epochs = placeholder(float)
+    optim.layer_decay = 1.0  # each layer's learning rate over that of the layer above it; the classifier has all of it
     optim.clip_norm = 0.0  # largest global gradient norm; 0: no clipping
 
     config.ema = ml_collections.ConfigDict()

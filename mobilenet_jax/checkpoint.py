@@ -30,6 +30,7 @@ PROTECTED = (
     "data.train_images",
     "optim.name",
     "optim.freeze",
+    "optim.freeze_epochs",
     "processes",
 )
 # Other formulations of the same network.

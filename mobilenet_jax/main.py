@@ -6,13 +6,12 @@ The same command continues a run that was stopped, and prints the result of one 
 import argparse
 import difflib
 import json
-import logging
-import os
 import sys
 import time
 from pathlib import Path
 
-from mobilenet_jax.malloc import describe_allocator, restart_tuned
+from mobilenet_jax.malloc import restart_tuned
+from mobilenet_jax.runtime import add_cache_flag, configure_memory, show_own_messages
 
 _START = time.perf_counter()
 
@@ -35,10 +34,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--workdir", help="where checkpoints, metrics and figures go; default: runs/NAME")
     parser.add_argument("--mode", choices=("train", "eval"), default="train", help="default: train")
     parser.add_argument(
-        "--compilation_cache",
-        default=os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/mobilenet_jax"),
-        help="folder of compiled programs, or off; default: %(default)s",
+        "--weights",
+        help="with --mode=eval: what to evaluate instead of the run in the workdir: a file, the workdir of a run, or a "
+        "name as torchvision/mobilenet_v2; images are prepared as its card says",
     )
+    parser.add_argument("--name", help="the model of these weights, as timm/tf_mobilenetv3_large_100, if need be")
+    add_cache_flag(parser)
     parser.add_argument("--distributed", action="store_true", help="find the cluster (TPU pod, SLURM) and join it")
     parser.add_argument("--coordinator_address", help="HOST:PORT of process 0, to join by hand")
     parser.add_argument("--num_processes", type=int, help="with --coordinator_address")
@@ -107,25 +108,11 @@ def configure_jax(flags: argparse.Namespace) -> None:
     """Join the other processes, if any, keep compiled programs on disk, and a CPU's buffers in memory."""
     import jax
 
-    print(describe_allocator(), file=sys.stderr)
-    if flags.compilation_cache != "off":
-        jax.config.update("jax_compilation_cache_dir", str(Path(flags.compilation_cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    print(configure_memory(flags.compilation_cache), file=sys.stderr)
     if flags.coordinator_address:
         jax.distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
     elif flags.distributed:
         jax.distributed.initialize()
-
-
-def show_own_messages() -> None:
-    """Notes of this package on stderr; of the libraries below it, warnings and errors alone."""
-    from absl import logging as absl_logging
-
-    package = str(Path(__file__).parent) + os.sep
-    handler = logging.StreamHandler()
-    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.pathname.startswith(package))
-    logging.basicConfig(format="%(message)s", handlers=[handler], force=True)
-    absl_logging.set_verbosity(absl_logging.INFO)
 
 
 def run(flags: argparse.Namespace, config) -> int:
@@ -169,11 +156,43 @@ def run(flags: argparse.Namespace, config) -> int:
     return 0
 
 
+def run_weights(flags: argparse.Namespace, config, overrides: list[str]) -> int:
+    """Evaluate weights on the config's data, prepared as their card says but for overrides; return the exit code."""
+    from mobilenet_jax.data.decode import UnreadableImageError
+    from mobilenet_jax.evaluate import evaluate_weights
+    from mobilenet_jax.metrics import write_json_atomic
+    from mobilenet_jax.weights.load import load_weights
+
+    if flags.mode != "eval":
+        raise UsageError("--weights is for --mode=eval; training starts from --config.init")
+    show_own_messages()
+    configure_jax(flags)
+    path = Path(flags.workdir or f"runs/{config.name}") / "evaluation.json"
+    overridden = {override.partition("=")[0] for override in overrides}
+    try:
+        weights = load_weights(flags.weights, flags.name)
+        for key, value in weights[2]["preprocessing"].items():
+            if f"--config.data.{key}" not in overridden:
+                config.data[key] = tuple(value) if isinstance(value, list) else value
+        result = evaluate_weights(weights, config.data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, result)
+    except UnreadableImageError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    print(f"written to {path}", file=sys.stderr)
+    print(json.dumps(result))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; return the exit code: 0, 1 for a run that failed, 2 for a command that cannot be obeyed."""
     flags, overrides = parse(sys.argv[1:] if argv is None else argv)
     try:
-        return run(flags, load_config(flags.config, overrides))
+        config = load_config(flags.config, overrides)
+        return run_weights(flags, config, overrides) if flags.weights else run(flags, config)
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2

@@ -205,7 +205,7 @@ class Progress:
 
     Args:
       total_steps: of the whole run.
-      steps_per_epoch: for the epoch shown; need not be whole.
+      steps_per_epoch: for the epoch shown; need not be whole; None where there are no epochs.
       batch_size: images a step, for the rate.
       start_step: steps completed before this run.
       active: False shows nothing (on all processes but the first); the rate is kept all the same.
@@ -215,7 +215,7 @@ class Progress:
         self,
         total_steps: int,
         *,
-        steps_per_epoch: float,
+        steps_per_epoch: float | None,
         batch_size: int,
         start_step: int = 0,
         active: bool = True,
@@ -283,7 +283,9 @@ class Progress:
         return parts
 
     def _print(self, step: int, parts: Sequence[str]) -> None:
-        where = f"step {step:,}/{self._total:,}, epoch {step / self._steps_per_epoch:.2f}"
+        where = f"{step:,}/{self._total:,}"
+        if self._steps_per_epoch is not None:
+            where = f"step {where}, epoch {step / self._steps_per_epoch:.2f}"
         tqdm.write(": ".join((where, ", ".join(parts))), file=sys.stderr)
 
 

@@ -66,18 +66,31 @@ SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
 }
 
 
-def make_optimizer(optim_config, params, *, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    optim_config,
+    params,
+    *,
+    schedule: optax.Schedule,
+    frozen=None,
+    freeze_steps: int | None = None,
+    layers: Sequence[str] = (),
+) -> optax.GradientTransformation:
     """The optimizer of `config.optim` for these parameters.
 
     In this order: the gradients of what is trained are clipped by their global norm; `l2` adds l2 * w, the
     gradient of l2 * sum(w^2) / 2; the optimizer proper makes its update, learning rate included;
-    `weight_decay` subtracts lr * weight_decay * w, as PyTorch's AdamW, past any momentum. The factors of
-    `decay_rules` scale both decays. Frozen parameters get an update of exactly 0 and have no optimizer state.
+    `weight_decay` subtracts lr * weight_decay * w, as PyTorch's AdamW, past any momentum; the layer's power of
+    `layer_decay` scales all of it. The factors of `decay_rules` scale both decays. Frozen parameters get an update of
+    exactly 0 and have no optimizer state, unless they thaw: then it begins at that step, as a new one does.
 
     Args:
       optim_config: `config.optim`.
       params: tree of arrays or of `jax.ShapeDtypeStruct`.
       schedule: from `make_schedule`.
+      frozen: from `find_frozen`, where the caller has it already.
+      freeze_steps: updates after which frozen parameters thaw; their gradients are to be 0 until then. None: never.
+      layers: the first parts of the parameters' paths, from the stem to the classifier; needed where `layer_decay` is
+        not 1.
 
     Returns:
       An optax transformation whose `update` needs the parameters. Its state holds arrays and nothing else.
@@ -90,21 +103,43 @@ def make_optimizer(optim_config, params, *, schedule: optax.Schedule) -> optax.G
     l2 = jax.tree.map(lambda factor: factor * optim_config.l2, factors)
     weight_decay = jax.tree.map(lambda factor: factor * optim_config.weight_decay, factors)
     clip_norm = optim_config.clip_norm
-    # Every stage is there whatever its strength: the structure of the state, and so of a checkpoint, depends
-    # on `name` and `freeze` alone.
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-        _add_params(l2, optax.constant_schedule(1.0)),
-        OPTIMIZERS[optim_config.name](optim_config, schedule),
-        _add_params(weight_decay, lambda step: jnp.negative(schedule(step))),
-    )
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+
+    def make_stages(schedule: optax.Schedule) -> tuple[optax.GradientTransformation, ...]:
+        # Every stage is there whatever its strength: the structure of the state, and so of a checkpoint, depends
+        # on `name`, `freeze` and `freeze_epochs` alone.
+        return (
+            _add_params(l2, optax.constant_schedule(1.0)),
+            OPTIMIZERS[optim_config.name](optim_config, schedule),
+            _add_params(weight_decay, lambda step: jnp.negative(schedule(step))),
+            _scale_layers(layers, optim_config.layer_decay),
+        )
+
     if not optim_config.freeze:
-        return optimizer
+        return optax.chain(clip, *make_stages(schedule))
+    frozen = find_frozen(optim_config, params) if frozen is None else frozen
+    labels = jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen)
+    if freeze_steps is None:
+        trained = optax.chain(clip, *make_stages(schedule))
+        return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+    # The optimizer of what thaws counts its own steps, from there on.
+    thawed = optax.chain(*make_stages(lambda step: schedule(step + freeze_steps)))
+    thawing = optax.conditionally_mask(thawed, lambda step, **_: jnp.greater_equal(step, freeze_steps))
+    return optax.chain(
+        clip, optax.partition({"trained": optax.chain(*make_stages(schedule)), "frozen": thawing}, labels)
+    )
+
+
+def find_frozen(optim_config, params):
+    """A tree of the structure of `params`: whether `optim.freeze` has the parameter.
+
+    Raises ValueError for a pattern that matches nothing, and if all match.
+    """
     rules = [(pattern, "frozen") for pattern in optim_config.freeze] + [(".*", "trained")]
     labels = match_rules(params, rules, key="optim.freeze")
     if "trained" not in jax.tree.leaves(labels):
         raise ValueError(f"optim.freeze is {tuple(optim_config.freeze)}, which leaves no parameter to train")
-    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+    return jax.tree.map(lambda label: label == "frozen", labels)
 
 
 def _rmsprop(optim_config, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -158,6 +193,16 @@ def _add_params(factors, coefficient: optax.Schedule) -> optax.GradientTransform
         return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)
+
+
+def _scale_layers(layers: Sequence[str], decay: float) -> optax.GradientTransformation:
+    """Multiplies the updates of a layer by decay^n if n layers are above it (1801.06146, sec. 3.2)."""
+    rates = {name: decay**above for above, name in enumerate(reversed(layers))}
+
+    def update(updates, _):
+        return jax.tree_util.tree_map_with_path(lambda path, u: rates[_join(path).split("/")[0]] * u, updates)
+
+    return optax.stateless(update) if decay != 1 else optax.identity()
 
 
 def match_rules(params, rules: Sequence[tuple[str, Any]], *, key: str):
@@ -226,6 +271,12 @@ def check_config(optim_config) -> None:
         raise ValueError(f"optim.decay_rules: {rule!r} is not a pair of a pattern and a factor of 0 or more")
     if not all(isinstance(pattern, str) for pattern in optim_config.freeze):
         raise ValueError(f"optim.freeze is {optim_config.freeze!r}; valid is a tuple of patterns: ('^stem/',)")
+    epochs = optim_config.freeze_epochs
+    if epochs is not None and not (epochs >= 0 and optim_config.freeze):
+        raise ValueError(
+            f"optim.freeze_epochs is {epochs}, optim.freeze {tuple(optim_config.freeze)}; valid is 0 or more for the "
+            "patterns of optim.freeze, or none"
+        )
 
 
 _VALID: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -236,5 +287,5 @@ _VALID: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         lambda value: 0 <= value < 1,
         "from 0 up to, not including, 1",
     ),
-    (("decay_factor",), lambda value: 0 < value <= 1, "above 0 and up to 1: 0.99 decays by 1%"),
+    (("decay_factor", "layer_decay"), lambda value: 0 < value <= 1, "above 0 and up to 1: 0.99 decays by 1%"),
 )

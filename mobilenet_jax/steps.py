@@ -17,6 +17,7 @@ from mobilenet_jax.losses import mix_batch, softmax_cross_entropy
 # JAX 0.8.2 renamed `pvary` and 0.10 removed it.
 _to_varying = functools.partial(lax.pcast, to="varying") if hasattr(lax, "pcast") else lax.pvary  # pyright: ignore[reportAttributeAccessIssue]
 
+CALIBRATION_BINS = 15
 Batch = dict[str, jax.Array]
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -45,6 +46,7 @@ class StepOptions:
     accumulate: int = 1  # micro-batches
     ema_decay: float = 0.0
     axis: str | None = None  # the mesh axis of a per-device step under `shard_map`
+    frozen: Any = None  # bools in the parameters' structure: for these no gradient is computed, it is 0
 
 
 def create_state(variables: dict, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
@@ -72,7 +74,8 @@ def train_step(
 ) -> tuple[TrainState, Sums]:
     """Update on {"images" uint8 [B, H, W, C], "labels" int [B]}.
 
-    The metrics are (sum, count) over the global batch, the gradient's norm is that before any clipping.
+    The metrics are (sum, count) over the global batch, the gradient's norm is that of what is trained, before any
+    clipping.
     """
     key = jax.random.fold_in(key, state.step)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -138,6 +141,8 @@ def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, *, model, op
         )
 
     def loss_fn(params):
+        if options.frozen is not None:
+            params = jax.tree.map(lambda p, frozen: lax.stop_gradient(p) if frozen else p, params, options.frozen)
         logits, updated = model.apply(
             {**variables, "params": params},
             images,
@@ -158,9 +163,12 @@ def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, *, model, op
 def eval_step(
     variables: dict, batch: Batch, *, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> dict[str, jax.Array]:
-    """Sums over the images that `batch["mask"]` [B] marks: loss, top1, top5, count, and confusion [K, K].
+    """Sums over the images that `batch["mask"]` [B] marks: loss, top1, top5, count, classes, calibration and confusion.
 
-    The confusion matrix has true classes in rows, predicted ones in columns; above 100 classes there is none.
+    `classes` [2, K] are the images of each class and those of them that are answered right. `calibration` [2, 15] are,
+    of the answers whose probability lies in ((m - 1)/15, m/15], the sum of probabilities and the right ones (Guo et al.
+    2017, arXiv 1706.04599, section 2). `confusion` [K, K] has true classes in rows, predicted ones in columns; above
+    100 classes there is none.
     """
     images = normalise_images(batch["images"], mean, std)
     logits: Any = model.apply(variables, images, train=False)
@@ -169,11 +177,19 @@ def eval_step(
     losses = softmax_cross_entropy(logits, labels, label_smoothing=0.0)
     _, best = lax.top_k(logits, min(5, classes))
     hits = (best == labels[:, None]) & mask[:, None]
+    right, confidence = hits[:, 0], jnp.max(jax.nn.softmax(logits), axis=-1)
+    # Equal logits have 1/K, an edge of a bin for some K: no rounding may lift them over it.
+    bins = jnp.ceil(confidence * CALIBRATION_BINS - 1e-5).astype(jnp.int32) - 1
+    bins = jnp.clip(bins, 0, CALIBRATION_BINS - 1)
+    of_class = functools.partial(jax.ops.segment_sum, segment_ids=labels, num_segments=classes)
+    of_bin = functools.partial(jax.ops.segment_sum, segment_ids=bins, num_segments=CALIBRATION_BINS)
     sums = {
         "loss": jnp.sum(jnp.where(mask, losses, 0)),
-        "top1": jnp.sum(hits[:, 0].astype(jnp.int32)),
+        "top1": jnp.sum(right.astype(jnp.int32)),
         "top5": jnp.sum(jnp.any(hits, axis=1).astype(jnp.int32)),
         "count": jnp.sum(mask.astype(jnp.int32)),
+        "classes": jnp.stack([of_class(mask.astype(jnp.int32)), of_class(right.astype(jnp.int32))]),
+        "calibration": jnp.stack([of_bin(jnp.where(mask, confidence, 0)), of_bin(right.astype(jnp.float32))]),
     }
     if classes <= 100:
         true = jax.nn.one_hot(labels, classes) * mask[:, None]

@@ -1,12 +1,16 @@
 """Build, restore, loop: the one module that knows every other."""
 
+import dataclasses
 import functools
 import json
 import math
+import operator
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,11 +20,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mobilenet_jax import figures
+from mobilenet_jax.batch_stats import make_stats_step, measure_stats
 from mobilenet_jax.checkpoint import Checkpoints, merge_variables
 from mobilenet_jax.data.loader import make_eval_batches, make_train_iterator
-from mobilenet_jax.data.sources import DataInfo, describe
+from mobilenet_jax.data.sources import DataInfo, describe, eval_split
 from mobilenet_jax.diagnose.weights import count_dead_filters
 from mobilenet_jax.evaluate import evaluate
+from mobilenet_jax.features import Features, LinearProbe, compute_features, make_feature_step
 from mobilenet_jax.metrics import (
     Mean,
     MetricsWriter,
@@ -33,7 +39,7 @@ from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import MobileNet, create_model
 from mobilenet_jax.models.spec import check_choice, check_share
-from mobilenet_jax.optim import make_optimizer, make_schedule
+from mobilenet_jax.optim import find_frozen, make_optimizer, make_schedule
 from mobilenet_jax.sharding import (
     AXIS,
     PARALLEL,
@@ -59,6 +65,47 @@ def flatten_config(config) -> dict:
     return json.loads(json.dumps(flat))
 
 
+# Keys of a config that may be none, and where the card of the weights that the run starts from has their values.
+CARD_KEYS = {
+    "model.name": ("model",),
+    "model.width": ("width",),
+    "model.convention": ("convention",),
+    "data.image_size": ("preprocessing", "image_size"),
+    "data.crop_share": ("preprocessing", "crop_share"),
+    "data.interpolation": ("preprocessing", "interpolation"),
+    "data.squash": ("preprocessing", "squash"),
+    "data.mean": ("preprocessing", "mean"),
+    "data.std": ("preprocessing", "std"),
+}
+
+
+def follow_card(config, read_card: Callable[[], dict]):
+    """The config with every key of CARD_KEYS that is none filled from the card of its weights, which is read then.
+
+    Raises ValueError if there is such a key and no `init`.
+    """
+    flat = flatten_config(config)
+    missing = [key for key in CARD_KEYS if flat[key] is None]
+    if not missing:
+        return config
+    if not config.init:
+        raise ValueError(f"{', '.join(missing)} are none: as the weights have them; set init to weights, or these keys")
+    config, card = config.copy_and_resolve_references(), read_card()
+    for key in missing:
+        value = functools.reduce(operator.getitem, CARD_KEYS[key], card)
+        config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+    return config
+
+
+def warn_of_other_preprocessing(config, card: dict) -> None:
+    """Say which keys of the data section are not as the weights' card has them: another mean costs points."""
+    flat = flatten_config(config)
+    theirs = {key: card["preprocessing"][path[1]] for key, path in CARD_KEYS.items() if path[0] == "preprocessing"}
+    differences = [f"{key} is {flat[key]}, there {value}" for key, value in theirs.items() if flat[key] != value]
+    if differences:
+        logging.warning("init %s was trained with other preprocessing: %s", config.init, "; ".join(differences))
+
+
 def build_model(config, info: DataInfo) -> MobileNet:
     """The model of `config.model` for the classes of the data set.
 
@@ -80,6 +127,8 @@ def build_model(config, info: DataInfo) -> MobileNet:
 
 def _check(config, mesh: Mesh) -> None:
     """What no other module checks of `config.train` and the top level."""
+    if config.train.cache_features:
+        _check_cached(config)
     check_choice("parallel", config.parallel, PARALLEL)
     check_choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))  # float64 is for tests: JAX's x64 mode
     check_share("ema.decay", config.ema.decay)
@@ -102,10 +151,27 @@ def _check(config, mesh: Mesh) -> None:
     for key in ("eval_every_epochs", "save_every_epochs"):
         if train[key] < 0:
             raise ValueError(f"train.{key} is {train[key]}; valid: above 0, or 0 for the end of the run alone")
+    if train.recompute_stats_epochs < 0:
+        raise ValueError(f"train.recompute_stats_epochs is {train.recompute_stats_epochs}; valid: 0 (off) or more")
     if (train.epochs if train.steps is None else train.steps) <= 0:
         raise ValueError("train.steps, or train.epochs where steps is none, must be above 0")
     check_batch_size("data.batch_size / train.accumulate", data.batch_size / train.accumulate, mesh)
     check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh)
+
+
+def _check_cached(config) -> None:
+    """That features computed once are all that training could see."""
+    data, optim = config.data, config.optim
+    random = ("flip", "color_jitter", "randaugment_layers", "erasing", "mixup", "cutmix")
+    wrong = [f"data.{key} is {data[key]}" for key in random if data[key]]
+    wrong += [f"data.crop is {data.crop!r}"] if data.crop != "resize" else []
+    wrong += [f"optim.freeze_epochs is {optim.freeze_epochs}"] if optim.freeze_epochs is not None else []
+    wrong += ["train.recompute_stats_epochs is not 0"] if config.train.recompute_stats_epochs else []
+    if wrong:
+        raise ValueError(
+            f"train.cache_features sees each image once, uncropped and unchanged, by a network that stays as it is; "
+            f"{', '.join(wrong)}; valid: data.crop='resize', none for freeze_epochs, 0 or False for the others"
+        )
 
 
 @dataclass(frozen=True)
@@ -117,6 +183,8 @@ class Plan:
     eval_every: int
     save_every: int
     log_every: int
+    freeze_steps: int  # that optim.freeze lasts
+    stats_batches: int  # that statistics are measured over at the end
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something done every `every` steps, and at the end, is done after `step`."""
@@ -138,6 +206,8 @@ def make_plan(config, train_count: int) -> Plan:
         every(train.eval_every_epochs),
         every(train.save_every_epochs),
         train.log_every_steps,
+        total if config.optim.freeze_epochs is None else round(config.optim.freeze_epochs * per_epoch),
+        math.ceil(train.recompute_stats_epochs * per_epoch),
     )
 
 
@@ -148,7 +218,7 @@ def warn_of_slow_statistics(bn_decay: float, total_steps: int) -> None:
         fitting = math.floor(0.01 ** (1 / total_steps) * 1000) / 1000
         logging.warning(
             "model.bn_decay = %g leaves %.0f%% of the initial statistics in those of evaluation after %d steps; "
-            "%g leaves 1%%",
+            "%g leaves 1%%, train.recompute_stats_epochs = 1 measures them anew",
             bn_decay,
             100 * left,
             total_steps,
@@ -189,22 +259,26 @@ class Run:
 
     def __init__(self, config, workdir: str | Path):
         start = time.perf_counter()
+        self._load_init = functools.cache(functools.partial(load_weights, config.init, config.init_name or None))
+        config = follow_card(config, lambda: self._load_init()[2])
         self.config, self.workdir, self.mesh = config, Path(workdir), make_mesh()
         _check(config, self.mesh)
         self.info = describe(config.data)
         self.model = build_model(config, self.info)
-        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        self._iterator = make_train_iterator(config.data, seed=config.seed, **processes)
-        self._eval_batches, self._eval_count = make_eval_batches(config.data, **processes)
+        self._processes: dict[str, Any] = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        self._network: MobileNet | LinearProbe = self.model
+        self._mean, self._std = config.data.mean, config.data.std
+        self._iterator = make_train_iterator(config.data, seed=config.seed, **self._processes)
+        self._eval_batches, self._eval_count = make_eval_batches(config.data, **self._processes)
         self.plan = make_plan(config, self.info.train_count)
         self._is_first = jax.process_index() == 0
-        if not config.train.freeze_stats:
+        if not config.train.freeze_stats and not self.plan.stats_batches:
             warn_of_slow_statistics(config.model.bn_decay, self.plan.total_steps)
         opened = time.perf_counter()
-        self._restore(processes["process_count"])
+        self._restore()
         self.seconds = {"data": opened - start, "init": time.perf_counter() - opened}
 
-    def _restore(self, process_count: int) -> None:
+    def _restore(self) -> None:
         config = self.config
         variables = init_variables(self.model, seed=config.seed)
         self.schedule = make_schedule(
@@ -213,11 +287,22 @@ class Run:
             steps_per_epoch=self.plan.steps_per_epoch,
             total_steps=self.plan.total_steps,
         )
-        self._optimizer = make_optimizer(config.optim, variables["params"], schedule=self.schedule)
+        spec, params = self.model.spec, variables["params"]
+        self._frozen = find_frozen(config.optim, params) if config.optim.freeze else None
+        if config.train.cache_features:
+            _check_only_classifier(self._frozen, params)
+        self._optimizer = make_optimizer(
+            config.optim,
+            params,
+            schedule=self.schedule,
+            frozen=self._frozen,
+            freeze_steps=None if config.optim.freeze_epochs is None else self.plan.freeze_steps,
+            layers=[*(name for name, _, _ in spec.rows()), *(op.name for op in spec.tail_ops())],
+        )
         flat = {
             "model.num_classes": self.model.spec.num_classes,
             "data.train_images": self.info.train_count,
-            "processes": process_count,
+            "processes": self._processes["process_count"],
         }
         self._flat_config = {**flatten_config(config), **flat}
         self._checkpoints = Checkpoints(self.workdir, keep=config.train.keep_checkpoints)
@@ -243,13 +328,14 @@ class Run:
     def _initialise(self, variables: dict) -> dict:
         """The variables of config.init; ValueError if they were trained for other sums than the model's."""
         config = self.config
-        source, loaded, card = load_weights(config.init, config.init_name or None)
+        source, loaded, card = self._load_init()
         theirs, ours = source.spec, self.model.spec
         if (theirs.padding, theirs.bn_epsilon) != (ours.padding, ours.bn_epsilon):
             raise ValueError(
                 f"init {config.init!r} has padding {theirs.padding} and bn_epsilon {theirs.bn_epsilon}, the model "
                 f"{ours.padding} and {ours.bn_epsilon}; set model.convention to {card['convention']}"
             )
+        warn_of_other_preprocessing(config, card)
         return merge_variables(variables, loaded, source=config.init)
 
     def close(self) -> None:
@@ -297,6 +383,8 @@ class Run:
             active=self._is_first,
         )
         writer = MetricsWriter(self.workdir, start_step=self.start_step, active=self._is_first)
+        if self.config.train.cache_features:
+            self._cache_features()
         with writer, progress, StopSignals() as signals:
             stopped_at = self._loop(writer, progress, signals)
         if stopped_at:
@@ -314,7 +402,9 @@ class Run:
         self._waited, self._line_time = 0.0, time.perf_counter()
         for step in range(self.start_step + 1, plan.total_steps + 1):
             batch, skipped = self._next_batch()
-            step_fn = step_fn or self._compile(batch, key)
+            if step_fn is None or step == plan.freeze_steps + 1:
+                with progress.paused():
+                    step_fn = self._compile(batch, key, frozen=step <= plan.freeze_steps)
             self._state, sums = step_fn(self._state, batch, key)
             if (every := self.config.train.diagnose_every_steps) and plan.is_due(step, every):
                 sums |= self._count_dead(self._state.params, self._state.batch_stats)
@@ -329,6 +419,8 @@ class Run:
                 self._account(*pending, progress)
                 pending = None
                 with progress.paused():
+                    if step == plan.total_steps and plan.stats_batches:
+                        self._recompute_stats()
                     evaluation = self._evaluate_both() if evaluates else {}
                     if evaluates or plan.is_due(step, plan.log_every):
                         self._write(step, writer, progress, evaluation)
@@ -348,12 +440,34 @@ class Run:
         skipped = int(batch.pop("skipped").sum())
         return put_batch(batch, self.mesh), skipped
 
-    def _compile(self, batch: dict[str, jax.Array], key: jax.Array):
-        """The compiled step; its time is told from that of tracing."""
-        config = self.config
+    def _cache_features(self) -> None:
+        """From here on images are what the network makes of them, and the network trained is its classifier."""
+        config, start = self.config, time.perf_counter()
+        step = make_feature_step(self.model, self.mesh, mean=config.data.mean, std=config.data.std)
+        variables = {"params": self._state.params, "batch_stats": self._state.batch_stats}
+        found = {}
+        for split in ("train", eval_split(config.data)):
+            batches, _ = make_eval_batches(config.data, **self._processes, split=split)
+            vectors, labels = compute_features(step, variables, batches, mesh=self.mesh)
+            found[split] = Features(vectors, labels, name=split, class_names=self.info.class_names)
+        state = self._iterator.get_state()
+        self._iterator.close()
+        train, test = found.values()
+        self._iterator = make_train_iterator(config.data, seed=config.seed, **self._processes, features=train)
+        self._iterator.set_state(state)
+        self._eval_batches, _ = make_eval_batches(config.data, **self._processes, features=test)
+        self._network, self._mean, self._std = LinearProbe(self.model.spec), (0.0,), (1.0,)
+        self.seconds["features"] = time.perf_counter() - start
+
+    def _compile(self, batch: dict[str, jax.Array], key: jax.Array, *, frozen: bool):
+        """The compiled step, of what `optim.freeze` lasts or of what follows; its time is told from that of tracing."""
+        config, model = self.config, self._network
+        if frozen and config.optim.freeze_epochs is not None:
+            model = model.clone(freeze_stats=True)
         options = StepOptions(
-            mean=config.data.mean,
-            std=config.data.std,
+            mean=self._mean,
+            std=self._std,
+            frozen=self._frozen if frozen else None,
             label_smoothing=config.train.label_smoothing,
             mixup=config.data.mixup,
             cutmix=config.data.cutmix,
@@ -362,7 +476,7 @@ class Run:
             ema_decay=config.ema.decay,
             axis=AXIS if config.parallel == "pmap" else None,
         )
-        step = functools.partial(train_step, model=self.model, optimizer=self._optimizer, options=options)
+        step = functools.partial(train_step, model=model, optimizer=self._optimizer, options=options)
         start = time.perf_counter()
         lowered = shard_train_step(step, self.mesh, config.parallel).lower(self._state, batch, key)
         traced = time.perf_counter()
@@ -370,7 +484,9 @@ class Run:
         self.seconds["data"] += self._waited  # for the first batch, and no part of any line's steps
         self.seconds |= {"trace": traced - start, "compile": time.perf_counter() - traced}
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
-        logging.info("first step after %.1f s: %s", sum(self.seconds.values()), parts)
+        which = "first step" if frozen or config.optim.freeze_epochs is None else "first step of all layers"
+        logging.info("%s after %.1f s: %s", which, sum(self.seconds.values()), parts)
+        self.seconds = {"data": 0.0}
         self._waited, self._line_time = 0.0, time.perf_counter()
         return compiled
 
@@ -440,11 +556,24 @@ class Run:
         }
         self._checkpoints.save(step, self._state, self._iterator, meta)
 
+    def _recompute_stats(self) -> None:
+        """Put measured statistics in the running ones' place, of the averages too; the iterator stays where it is."""
+        state, saved = self._state, self._iterator.get_state()
+        kinds = [{"params": state.params, "batch_stats": state.batch_stats}]
+        kinds += [] if state.ema is None else [state.ema]
+        self._iterator.set_state({**saved, "next_batch": 0})
+        batches = ({"images": next(self._iterator)["images"]} for _ in range(self.plan.stats_batches))
+        step = make_stats_step(self.model, self.mesh, mean=self._mean, std=self._std)
+        stats, *averaged = replicate(measure_stats(step, kinds, batches, mesh=self.mesh), self.mesh)
+        self._iterator.set_state(saved)
+        ema = {"params": kinds[-1]["params"], "batch_stats": averaged[0]} if averaged else None
+        self._state = dataclasses.replace(state, batch_stats=stats, ema=ema)
+
     # Evaluation and result.
 
     @functools.cached_property
     def _eval_step(self):
-        step = functools.partial(eval_step, model=self.model, mean=self.config.data.mean, std=self.config.data.std)
+        step = functools.partial(eval_step, model=self._network, mean=self._mean, std=self._std)
         return shard_eval_step(step, self.mesh)
 
     def _evaluate_both(self) -> dict[str, float]:
@@ -454,7 +583,7 @@ class Run:
         if state.ema is not None:
             kinds["eval_ema"] = state.ema
         for prefix, variables in kinds.items():
-            values, self._confusion = evaluate(
+            values, _, self._confusion = evaluate(
                 self._eval_step, variables, self._eval_batches, count=self._eval_count, mesh=self.mesh
             )
             metrics |= {f"{prefix}/{name}": value for name, value in values.items()}
@@ -484,6 +613,7 @@ class Run:
             "variables": "averaged" if best == "eval_ema" else "last",
             **{name: evaluation[f"{best}/{name}"] for name in names},
             "params": sum(leaf.size for leaf in jax.tree.leaves(self._state.params)),
+            "trained": self._count_trained(),
             "skipped": self._skipped,
         }
         if self._is_first:
@@ -497,6 +627,19 @@ class Run:
             figures.draw_curves(read_metrics(self.workdir), self.workdir / "curves.png", title=title)
             write_json_atomic(self.workdir / "result.json", result)
         return result
+
+    def _count_trained(self) -> int:
+        """Parameters that are not frozen all along."""
+        params = self._state.params
+        if self._frozen is None or self.plan.freeze_steps < self.plan.total_steps:
+            return sum(leaf.size for leaf in jax.tree.leaves(params))
+        sizes = jax.tree.map(lambda leaf, frozen: 0 if frozen else leaf.size, params, self._frozen)
+        return sum(jax.tree.leaves(sizes))
+
+
+def _check_only_classifier(frozen, params) -> None:
+    if frozen is None or {name for name in params if not all(jax.tree.leaves(frozen[name]))} != {"classifier"}:
+        raise ValueError("train.cache_features trains the classifier alone; set optim.freeze to ('^(?!classifier/)',)")
 
 
 def train_and_evaluate(config, workdir: str | Path) -> dict:

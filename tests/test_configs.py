@@ -1,6 +1,7 @@
 """The recipes: complete, locked, runnable, and with the values of the published rows they cite."""
 
 import importlib
+import io
 import math
 import re
 import subprocess
@@ -10,14 +11,22 @@ from typing import Any
 
 import jax
 import pytest
+from PIL import Image
 
-from configs import base
+from configs import base, transfer
 from configs.datasets import DATASETS
 from mobilenet_jax import train
+from mobilenet_jax.data.sources import open_source
+from mobilenet_jax.main import load_config
+from mobilenet_jax.models.init import init_variables
+from mobilenet_jax.models.network import create_model
 from mobilenet_jax.sharding import make_mesh
-from mobilenet_jax.train import flatten_config, train_and_evaluate
+from mobilenet_jax.train import Run, flatten_config, train_and_evaluate
+from mobilenet_jax.weights.card import IMAGENET, make_card
+from mobilenet_jax.weights.save import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
+SPLIT_SIZES = (("holdout", 630), ("train", 1470))  # of UC Merced
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("v*.py"))
 
 
@@ -52,6 +61,75 @@ def test_unknown_variant_is_refused():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_bare_path_is_digits(recipe):
     assert importlib.import_module(f"configs.{recipe}").get_config().data.source == "digits"
+
+
+@pytest.mark.parametrize("phases", transfer.PHASES)
+@pytest.mark.parametrize("dataset", transfer.DATASETS)
+def test_transfer_has_the_documented_keys_and_leaves_the_network_to_the_weights(dataset, phases):
+    config = transfer.get_config(f"{dataset},{phases}")
+    assert config.is_locked
+    assert flatten_config(config).keys() == flatten_config(base.get_config()).keys()
+    assert config.name == f"transfer_{dataset}_{phases}"
+    assert (config.model.name, config.model.width, config.model.convention, config.data.mean) == (None,) * 4
+    assert config.train.freeze_stats == (phases != "finetune")
+    assert config.train.cache_features == (phases == "probe")
+    assert (config.optim.freeze_epochs is not None) == (phases == "finetune")
+
+
+def test_transfer_refuses_what_it_does_not_have():
+    with pytest.raises(ValueError, match="no variant 'imagenet'; valid: folder, uc_merced, digits"):
+        transfer.get_config("imagenet")
+    with pytest.raises(ValueError, match="no way to train 'half'; valid: probe, frozen, finetune"):
+        transfer.get_config("folder,half")
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' own
+def test_transfer_keys_that_are_none_take_overrides():
+    overrides = ["--config.init=w.pth", "--config.data.mean=(1.0, 2.0, 3.0)", "--config.data.image_size=96"]
+    config = load_config(f"{ROOT / 'configs' / 'transfer.py'}:folder,frozen", [*overrides, "--config.model.width=0.5"])
+    assert (config.data.mean, config.data.image_size, config.model.width) == ((1.0, 2.0, 3.0), 96, 0.5)
+
+
+def write_uc_merced(root: Path) -> None:
+    """As many photographs in as many classes as UC Merced has, of 2 pixels."""
+    image = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(image, "png")
+    for label in range(21):
+        folder = root / "train" / f"class_{label:02}"
+        folder.mkdir(parents=True)
+        for i in range(100):
+            (folder / f"{i:02}.png").write_bytes(image.getvalue())
+
+
+def test_uc_merced_trains_26901_parameters_on_70_percent(tmp_path, monkeypatch):
+    """The published protocol, of which only the photographs and the weights are made up."""
+    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    write_uc_merced(tmp_path / "photographs")
+    model = create_model("mobilenet_v2", convention="torchvision")
+    card = make_card(
+        name="torchvision/mobilenet_v2",
+        model="mobilenet_v2",
+        width=1.0,
+        convention="torchvision",
+        spec=model.spec,
+        preprocessing=IMAGENET,
+        class_names=None,
+        source={},
+    )
+    save_weights(tmp_path / "w.safetensors", model, init_variables(model, seed=0), card)
+    config = transfer.get_config("uc_merced")
+    assert config.data.source == "tfds:uc_merced"
+    config.data.update({"source": "folder", "path": str(tmp_path / "photographs")})
+    config.init = str(tmp_path / "w.safetensors")
+    with Run(config, tmp_path / "run") as run:
+        assert (run.info.num_classes, run.info.train_count, run.info.eval_count) == (21, 1470, 630)
+        assert run._count_trained() == 26_901 == 1280 * 21 + 21
+        assert (run.model.spec.name, run.model.freeze_stats) == ("mobilenet_v2", True)
+        assert run.config.data.image_size == 224
+        assert tuple(run.config.data.mean) == IMAGENET.mean
+        assert run.plan.total_steps == math.ceil(20 * 1470 / 32)
+    held_out, trained = ([open_source(config.data, split)[i].name for i in range(n)] for split, n in SPLIT_SIZES)
+    assert len({*held_out, *trained}) == 2100  # nothing is in both
 
 
 def test_recipes_load_in_milliseconds_and_touch_no_device():

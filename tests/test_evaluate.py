@@ -10,7 +10,7 @@ from flax import linen as nn
 from configs import base
 from mobilenet_jax.data.loader import make_eval_batches
 from mobilenet_jax.data.sources import describe, open_source
-from mobilenet_jax.evaluate import evaluate
+from mobilenet_jax.evaluate import evaluate, evaluate_weights, match_classes
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.sharding import make_mesh, replicate, shard_eval_step
 from mobilenet_jax.steps import eval_step
@@ -62,7 +62,7 @@ def evaluate_answers(logits: np.ndarray, labels: np.ndarray, *, size: int, devic
 @pytest.mark.parametrize("classes", [3, 5, 12])
 def test_metrics_equal_numpys_on_logits_with_ties(classes):
     logits, labels = make_answers(203, classes, levels=4)
-    metrics, confusion = evaluate_answers(logits, labels, size=64)
+    metrics, per_class, confusion = evaluate_answers(logits, labels, size=64)
     order = np.argsort(-logits.astype(np.int64), axis=1, kind="stable")  # of equals the first counts
     assert metrics["count"] == 203
     assert metrics["top1"] == (order[:, 0] == labels).sum() / 203
@@ -73,17 +73,30 @@ def test_metrics_equal_numpys_on_logits_with_ties(classes):
     want = np.zeros((classes, classes), np.int64)
     np.add.at(want, (labels, order[:, 0]), 1)
     np.testing.assert_array_equal(confusion, want)
+    np.testing.assert_array_equal(per_class, [want.sum(1), want.diagonal()])
+    # Guo et al. 2017, equation 3, bin by bin.
+    confidence = (np.exp(wide) / np.exp(wide).sum(1, keepdims=True)).max(1)
+    error = 0.0
+    for low in range(15):
+        low_edge, high_edge = low / 15 + 1e-6, (low + 1) / 15 + 1e-6  # three equal logits have a third, and are below
+        inside = (confidence > low_edge) & (confidence <= high_edge)
+        if inside.any():
+            right = (order[:, 0] == labels)[inside].mean()
+            error += inside.sum() / 203 * abs(right - confidence[inside].mean())
+    assert metrics["ece"] == pytest.approx(error, rel=1e-5)
 
 
 @pytest.mark.parametrize(("size", "devices"), [(1, 1), (7, 1), (50, 1), (64, 1), (8, 8), (24, 8), (64, 8)])
 def test_trap_22_and_trap_23_batch_size_and_devices_change_nothing(size, devices):
     logits, labels = make_answers(50, 6, levels=9)
-    want, want_confusion = evaluate_answers(logits, labels, size=10)
-    got, confusion = evaluate_answers(logits, labels, size=size, devices=devices)
+    want, want_classes, want_confusion = evaluate_answers(logits, labels, size=10)
+    got, per_class, confusion = evaluate_answers(logits, labels, size=size, devices=devices)
     for name in ("top1", "top5", "count"):
         assert got[name] == want[name]
     # Sums of 50 float32 in another order: a few roundings of 6e-8.
-    assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
+    for name in ("loss", "ece"):
+        assert got[name] == pytest.approx(want[name], rel=1e-6)
+    np.testing.assert_array_equal(per_class, want_classes)
     np.testing.assert_array_equal(confusion, want_confusion)
 
 
@@ -100,6 +113,14 @@ def test_no_batches_is_an_error():
         evaluate_answers(logits, labels, size=8, count=50)
 
 
+def test_calibration_of_a_sure_and_of_an_unsure_network():
+    labels = np.array([0] * 3 + [1], np.int32)
+    sure = np.tile(np.array([200, 0], np.uint8), (4, 1))  # probability 1, right 3 times of 4
+    assert evaluate_answers(sure, labels, size=4)[0]["ece"] == pytest.approx(0.25)
+    even = np.zeros((4, 2), np.uint8)  # probability 1/2
+    assert evaluate_answers(even, labels[[0, 1, 3, 3]], size=3)[0]["ece"] == pytest.approx(0, abs=1e-6)
+
+
 def test_logits_that_are_not_numbers_show_in_the_loss():
     logits, labels = make_answers(16, 6, levels=9)
     logits[3] = 255
@@ -108,7 +129,7 @@ def test_logits_that_are_not_numbers_show_in_the_loss():
 
 def test_no_confusion_matrix_above_a_hundred_classes():
     for classes, there in ((100, True), (101, False)):
-        _, confusion = evaluate_answers(*make_answers(16, classes, levels=200), size=8)
+        _, _, confusion = evaluate_answers(*make_answers(16, classes, levels=200), size=8)
         assert (confusion is not None) == there
 
 
@@ -133,13 +154,64 @@ def _evaluate_constant(config, favourite: int):
     return evaluate(shard_eval_step(step, mesh), replicate(variables, mesh), batches, count=count, mesh=mesh)
 
 
+WNIDS = [f"n{i:08d}" for i in range(1000)]
+
+
+@pytest.mark.parametrize(
+    ("known", "names", "order"),
+    [
+        (None, ["a", "b", "c"], [0, 1, 2]),
+        (["a", "b", "c"], ["a", "b", "c"], [0, 1, 2]),
+        (["c", "a", "b"], ["a", "b", "c"], [1, 2, 0]),
+        (["x", "x", "b"], ["x", "x", "b"], [0, 1, 2]),  # ImageNet has two classes called crane
+        ([f"class {i}" for i in range(1000)], WNIDS, list(range(1000))),
+    ],
+)
+def test_classes_are_matched_by_name(known, names, order):
+    assert match_classes(known, len(names), names, data="set") == order
+
+
+@pytest.mark.parametrize(
+    ("known", "names", "said"),
+    [
+        (None, ["a", "b"], "set has 2 classes and the weights 3; they must be the same classes"),
+        (["a", "b", "c"], ["a", "b", "d"], "of set and of the weights differ: only one of them has c, d$"),
+        (["a", "b", "c"], ["d", "e", "f"], "has a, b, c, d and 2 more$"),
+        (["a", "b", "c"], WNIDS[:3], "has a, b, c, n00000000 and 2 more$"),
+    ],
+)
+def test_other_classes_are_refused(known, names, said):
+    with pytest.raises(ValueError, match=said):
+        match_classes(known, 3, names, data="set")
+
+
+def test_weights_are_evaluated_with_classes_in_another_order():
+    """A network that answers "7", whatever its class names' order, is right on the sevens."""
+    config = _digits_config()
+    model = build_model(config, describe(config.data))
+    variables = init_variables(model, seed=0)
+    names = [str(i) for i in np.random.default_rng(0).permutation(10)]
+    classifier = variables["params"]["classifier"]
+    classifier["kernel"][:] = 0
+    classifier["bias"][names.index("7")] = np.log(3)  # probability 3 / 12
+    card = {"name": "mine", "class_names": names, "source": {"file": "w", "sha256": "0"}}
+    result = evaluate_weights((model, variables, card), config.data)
+    labels = [open_source(config.data, "test")[i].label for i in range(360)]
+    share = labels.count(7) / 360
+    assert result["weights"] == {"name": "mine", "file": "w", "sha256": "0"}
+    assert (result["data"], result["count"], result["top1"]) == ("digits test", 360, share)
+    assert result["class_accuracy"] == {str(i): float(i == 7) for i in range(10)}
+    assert result["ece"] == pytest.approx(abs(share - 0.25), rel=1e-5)
+    assert result["loss"] == pytest.approx(np.log(12) - share * np.log(3), rel=1e-5)
+
+
 def test_trap_26_a_background_class_of_the_model_leaves_the_labels_alone():
     """A network may have more outputs than the data has classes; those at the end are then never true."""
     config = _digits_config(num_classes=11)
     labels = [open_source(config.data, "test")[i].label for i in range(360)]
     counts = np.bincount(labels, minlength=11)
     assert counts[10] == 0
-    metrics, confusion = _evaluate_constant(config, favourite=10)
+    metrics, _, confusion = _evaluate_constant(config, favourite=10)
     assert (metrics["top1"], metrics["count"]) == (0, 360)
     want = np.zeros((11, 11), np.int64)
     want[:, 10] = counts
@@ -155,7 +227,7 @@ def test_trap_26_fewer_outputs_than_classes_are_refused():
 def test_trap_22_a_constant_network_is_right_on_its_class_alone():
     config = _digits_config()
     labels = [open_source(config.data, "test")[i].label for i in range(360)]
-    metrics, confusion = _evaluate_constant(config, favourite=0)
+    metrics, _, confusion = _evaluate_constant(config, favourite=0)
     assert metrics["count"] == 360
     assert metrics["top1"] * 360 == labels.count(0)
     # Of equal logits the first come first: 0, then 1 to 4.

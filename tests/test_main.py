@@ -5,15 +5,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
 
+from mobilenet_jax import evaluate, train
 from mobilenet_jax import main as main_module
-from mobilenet_jax import train
 from mobilenet_jax.main import UsageError, load_config, main
+from mobilenet_jax.models.init import init_variables
+from mobilenet_jax.models.network import create_model
 from mobilenet_jax.sharding import make_mesh
+from mobilenet_jax.weights.card import HALF, make_card
+from mobilenet_jax.weights.save import save_weights
 
 # ml_collections loads config files by a way that Python is about to drop.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
@@ -241,6 +246,59 @@ def test_evaluation_without_a_checkpoint_is_one_sentence(capsys, tmp_path):
     captured = capsys.readouterr()
     assert f"{tmp_path} has no checkpoint to evaluate; train first, or set config.init\n" in captured.err
     assert captured.out == ""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of a small network for ten classes, with a card that asks for 20 pixels."""
+    model = create_model("mobilenet_v1", width=0.1, num_classes=10)
+    card = make_card(
+        name="tiny",
+        model="mobilenet_v1",
+        width=0.1,
+        convention="keras",
+        spec=model.spec,
+        preprocessing=replace(HALF, image_size=20, crop_share=1.0, interpolation="nearest"),
+        class_names=None,
+        source={"file": "w", "sha256": "0"},
+    )
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(path, model, init_variables(model, seed=0), card)
+    return path
+
+
+def test_trap_24_weights_are_evaluated_as_their_card_says(capsys, tmp_path, monkeypatch, weights):
+    seen = []
+    evaluate_weights = evaluate.evaluate_weights
+    monkeypatch.setattr(evaluate, "evaluate_weights", lambda w, data: seen.append(data) or evaluate_weights(w, data))
+    command = [CONFIG, "--mode=eval", f"--weights={weights}", f"--workdir={tmp_path / 'new'}"]
+    command += ["--config.data.mean=(1.0,2.0,3.0)"]  # what the command line says comes first
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result == json.loads((tmp_path / "new" / "evaluation.json").read_text())
+    assert f"written to {tmp_path / 'new' / 'evaluation.json'}" in captured.err
+    assert (result["weights"], result["count"]) == ({"name": "tiny", "file": "w", "sha256": "0"}, 360)
+    assert list(result["class_accuracy"]) == list("0123456789")
+    assert {"loss", "top1", "top5", "ece"} < result.keys()
+    data = seen[0]
+    assert (data.image_size, data.interpolation, data.mean, data.std) == (20, "nearest", (1, 2, 3), (127.5,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mode=train"], "--weights is for --mode=eval; training starts from --config.init"),
+        (["--weights=nowhere"], "there are no weights nowhere"),
+        (["--config.data.source=fake:8", "--config.data.num_classes=4"], "fake test has 4 classes and the weights 10;"),
+        (["--config.data.interpolation=lanczos"], "data.interpolation is 'lanczos'"),
+        (["--config.data.image_size=0"], "image_size is 0"),
+    ],
+)
+def test_weights_that_cannot_be_evaluated_are_one_sentence(capsys, tmp_path, weights, arguments, said):
+    command = [CONFIG, "--mode=eval", f"--weights={weights}", f"--workdir={tmp_path / 'run'}"]
+    assert said in refuse(capsys, *command, *arguments)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_fails_says_why_and_ends_with_1(capsys, tmp_path):

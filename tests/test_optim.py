@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs.base import get_config
-from mobilenet_jax.optim import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule, match_rules
+from mobilenet_jax.optim import OPTIMIZERS, SCHEDULES, find_frozen, make_optimizer, make_schedule, match_rules
 
 RATES = (0.1, 0.07, 0.2, 0.05)  # of four steps: a rate that changes tells where it is applied
 PARAMS = {
@@ -40,9 +40,9 @@ def _gradients(step):
     )
 
 
-def _run(config, *, steps, gradients=_gradients, params=PARAMS):
+def _run(config, *, steps, gradients=_gradients, params=PARAMS, schedule=_schedule, **options):
     """Parameters after some steps of the optimizer, jitted as in training."""
-    optimizer = make_optimizer(config, params, schedule=_schedule)
+    optimizer = make_optimizer(config, params, schedule=schedule, **options)
     state = optimizer.init(params)
 
     @jax.jit
@@ -198,6 +198,65 @@ def test_frozen_parameters_survive_gradients_that_are_not_finite():
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_what_thaws_stays_to_the_bit_until_then_and_begins_as_a_new_optimizer_does(name):
+    """Not as one that saw gradients of 0: Adam's and RMSProp's first updates would be three times too large."""
+    rules = (("kernel$", 1.0), (".*", 0.5))
+    strengths: dict = {"name": name, "l2": 0.1, "weight_decay": 0.1, "decay_rules": rules}
+    config = _config(**strengths, freeze=("^stem/",), freeze_epochs=1.0)
+
+    def gradients(t):  # as `train_step` gives them
+        stem = jax.tree.map(lambda g: g * (t >= 2), _gradients(t)["stem"])
+        return {**_gradients(t), "stem": stem}
+
+    frozen, _ = _run(config, steps=2, gradients=gradients, freeze_steps=2)
+    jax.tree.map(np.testing.assert_array_equal, frozen["stem"], PARAMS["stem"])
+    thawed, _ = _run(config, steps=4, gradients=gradients, freeze_steps=2)
+    stem, _ = _run(
+        _config(**strengths),
+        steps=2,
+        params={"stem": PARAMS["stem"]},
+        gradients=lambda t: {"stem": _gradients(t + 2)["stem"]},
+        schedule=lambda step: _schedule(step + 2),
+    )
+    _assert_close(thawed["stem"], stem["stem"], rtol=1e-6)
+    head, _ = _run(
+        _config(**strengths),
+        steps=4,
+        params={"classifier": PARAMS["classifier"]},
+        gradients=lambda t: {"classifier": _gradients(t)["classifier"]},
+    )
+    _assert_close(thawed["classifier"], head["classifier"], rtol=1e-6)
+
+
+def test_what_thawed_is_clipped_by_the_norm_of_all():
+    config = _config(name="sgd", momentum=0.0, clip_norm=2.0, freeze=("^stem/",), freeze_epochs=0.0)
+    big = jax.tree.map(lambda p: 100 * jnp.ones_like(p), PARAMS)
+    params, _ = _run(config, steps=1, gradients=lambda _: big, freeze_steps=0)
+    clipped = 2.0 / np.sqrt(sum(p.size for p in jax.tree.leaves(PARAMS)))
+    _assert_close(params, jax.tree.map(lambda p: p - RATES[0] * clipped, PARAMS))
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("freeze", [(), ("bias$",)])
+def test_layer_decay_scales_the_rate_by_its_power_of_the_layers_above(name, freeze):
+    strengths: dict = {"name": name, "l2": 0.1, "weight_decay": 0.1, "freeze": freeze}
+    params, _ = _run(_config(**strengths, layer_decay=0.5), steps=1, layers=("stem", "block_00", "classifier"))
+    whole, _ = _run(_config(**strengths), steps=1)
+    moved = jax.tree.map(np.subtract, params, PARAMS)
+    want = jax.tree.map(np.subtract, whole, PARAMS)
+    _assert_close(moved["classifier"], want["classifier"])
+    _assert_close(moved["stem"], jax.tree.map(lambda m: 0.25 * m, want["stem"]))
+
+
+def test_frozen_parameters_are_told_by_their_patterns():
+    frozen = find_frozen(_config(freeze=("^(?!classifier/)", "bias$")), PARAMS)
+    assert frozen == {
+        "stem": {"conv": {"kernel": True}, "norm": {"scale": True}},
+        "classifier": {"kernel": False, "bias": True},
+    }
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_structure_of_the_state_does_not_depend_on_strengths(name):
     """A run may be resumed with another decay, clipping or momentum."""
     plain = _config(name=name, momentum=0.0)
@@ -268,6 +327,12 @@ def test_freezing_everything_is_refused():
         ({"decay_rules": (("kernel$", -1.0),)}, r"optim\.decay_rules"),
         ({"decay_rules": ("kernel$", 1.0)}, r"optim\.decay_rules: 'kernel\$' is not a pair"),
         ({"freeze": (1,)}, r"optim\.freeze is \(1,\); valid is a tuple of patterns"),
+        ({"layer_decay": 0.0}, r"optim\.layer_decay is 0\.0"),
+        (
+            {"freeze_epochs": 2.0},
+            r"optim\.freeze_epochs is 2\.0, optim\.freeze \(\); valid is 0 or more for the patterns",
+        ),
+        ({"freeze_epochs": -1.0, "freeze": ("^stem/",)}, r"optim\.freeze_epochs is -1\.0"),
     ],
 )
 def test_impossible_values_are_refused_by_name(change, message):

@@ -120,6 +120,19 @@ def test_trap_33_with_frozen_statistics_every_way_takes_the_same_step(parallel, 
     assert_same_step(got, frozen_on_one_device())
 
 
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_frozen_parameters_stay_and_the_others_step_alike_on_several_devices(parallel):
+    start = make_variables()["params"]
+    frozen = {name: jax.tree.map(lambda _, n=name: n != "classifier", part) for name, part in start.items()}
+    state, _ = step_once(parallel, 3, freeze_stats=True, frozen=frozen)
+    want, _ = frozen_on_one_device()
+    for name in start:
+        same = want.params if name == "classifier" else start
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state.params[name], same[name]
+        )
+
+
 @pytest.mark.parametrize("devices", [3, 8])
 def test_frozen_statistics_stay_to_the_last_bit_on_every_number_of_devices(devices):
     stats = jax.tree.map(lambda x: x + np.float32(0.1), make_variables()["batch_stats"])

@@ -211,3 +211,34 @@ def test_a_batch_of_eight_is_learned_by_heart_and_evaluates_so():
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     batch = {**BATCH, "mask": jnp.ones(len(LABELS), bool)}
     assert eval_step(variables, batch, model=MobileNet(SPEC), mean=MEAN, std=STD)["top1"] == len(LABELS)
+
+
+FROZEN = {
+    name: jax.tree.map(lambda _, n=name: n != "classifier", part) for name, part in make_variables()["params"].items()
+}
+
+
+def test_frozen_parameters_have_a_gradient_of_zero_and_no_part_in_the_norm():
+    free, frozen = (run(1, freeze_stats=True, frozen=frozen)[0] for frozen in (None, FROZEN))
+    start = make_variables()["params"]
+    for name, part in frozen[0].params.items():
+        # The others move as they do when nothing is frozen.
+        same = free[0].params if name == "classifier" else start
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), part, same[name])
+    gradient = jax.tree.map(lambda a, b: (a - b) / 0.1, start["classifier"], free[0].params["classifier"])
+    assert float(frozen[1]["grad_norm"][0]) == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-3)
+    assert float(frozen[1]["grad_norm"][0]) < float(free[1]["grad_norm"][0])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_frozen_network_has_no_backward_pass(accumulate):
+    def count_operations(**options) -> float:
+        optimizer = optax.sgd(0.1)
+        options = StepOptions(mean=MEAN, std=STD, accumulate=accumulate, **options)
+        model = MobileNet(SPEC, freeze_stats=True)
+        step = functools.partial(train_step, model=model, optimizer=optimizer, options=options)
+        state = create_state(make_variables(), optimizer, ema=False)
+        analysis: Any = jax.jit(step).lower(state, BATCH, KEY).compile().cost_analysis()
+        return analysis["flops"]
+
+    assert count_operations(frozen=FROZEN) < 0.5 * count_operations()

@@ -7,10 +7,12 @@ import math
 import os
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,6 +28,7 @@ from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.sharding import make_mesh
 from mobilenet_jax.train import NonFiniteError, Run, make_plan, train_and_evaluate, warn_of_slow_statistics
+from mobilenet_jax.weights.card import HALF, Preprocessing, make_card
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
 
@@ -151,6 +154,7 @@ def test_result_is_that_of_the_last_step_and_of_the_averages(finished):
         "variables": "averaged",
         **{name: last[f"eval_ema/{name}"] for name in ("loss", "top1", "top5", "count")},
         "params": sum(leaf.size for name, leaf in leaves.items() if name.startswith("params.")),
+        "trained": sum(leaf.size for name, leaf in leaves.items() if name.startswith("params.")),
         "skipped": 0,
     }
 
@@ -255,8 +259,8 @@ def break_step(monkeypatch, bad_step: int, change) -> None:
     """Have `change(state, sums)` come out of the compiled step `bad_step`."""
     original = Run._compile
 
-    def compile_step(self, batch, key):
-        compiled = original(self, batch, key)
+    def compile_step(self, batch, key, **phase):
+        compiled = original(self, batch, key, **phase)
 
         def step(state, batch, key):
             done = int(state.step) + 1
@@ -351,6 +355,7 @@ def test_trap_17_is_part_of_a_run_with_moving_statistics(tmp_path, caplog):
         ("train__steps", 0, "train.steps, or train.epochs"),
         ("train__log_every_steps", 0, "train.log_every_steps is 0; valid: 1 or more"),
         ("train__save_every_epochs", -1.0, "train.save_every_epochs is -1"),
+        ("train__recompute_stats_epochs", -1.0, "train.recompute_stats_epochs is -1"),
         ("train__accumulate", 3, "data.batch_size / train.accumulate"),
         ("data__mixup", -0.1, "data.mixup is -0.1"),
         ("data__mix_probability", 1.5, "data.mix_probability is 1.5"),
@@ -401,8 +406,8 @@ def test_init_takes_a_file_of_another_framework_if_its_sums_are_the_models(tmp_p
     model = create_model("mobilenet_v2", width=0.25, num_classes=10, convention="torchvision")
     variables = init_variables(model, seed=5)
     path = tmp_path / "w.pth"
-    card = {"name": "", "model": "mobilenet_v2", "width": 0.25, "convention": "torchvision", "preprocessing": {}}
-    card |= {"class_names": None, "source": {}, "metrics": {}, "notes": []}
+    card = {"name": "", "model": "mobilenet_v2", "width": 0.25, "convention": "torchvision"}
+    card |= {"preprocessing": asdict(HALF), "class_names": None, "source": {}, "metrics": {}, "notes": []}
     save_weights(path, model, variables, card, format="torchvision")
     here = {"model__name": "mobilenet_v2", "model__width": 0.25, "init": str(path)}
     with pytest.raises(
@@ -427,9 +432,7 @@ def test_a_run_is_weights_with_a_card(finished):
             np.testing.assert_array_equal(leaf, leaves[f"ema.{part}.{name}"])
     assert (model.lowering, model.spec.num_classes, model.spec.stem.stride) == ("plain", 10, 1)
     assert (card["name"], card["model"], card["width"]) == ("mobilenet_v2", "mobilenet_v1", 0.1)
-    assert card["preprocessing"] == {
-        **{key: meta["config"][f"data.{key}"] for key in ("image_size", "crop_share", "interpolation", "mean", "std")}
-    }
+    assert card["preprocessing"] == {key: meta["config"][f"data.{key}"] for key in asdict(HALF)}
     assert card["class_names"] == list("0123456789")
     assert card["metrics"]["eval_ema/top1"] == read_result(finished)["top1"]
     # Any checkpoint of the run by its folder, and the whole of it in one file.
@@ -458,6 +461,184 @@ def test_frozen_parts_stay_as_they_were(tmp_path):
     for name, part in before.items():
         same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (part, after[name])), strict=True)]
         assert all(same) == name.startswith(("stem", "block_")), name
+
+
+# Transfer.
+
+NOT_CLASSIFIER = ("^(?!classifier/)",)
+PHASES: dict = {
+    "optim__freeze": NOT_CLASSIFIER,
+    "optim__freeze_epochs": 0.1,  # 4 steps
+    "optim__layer_decay": 0.8,
+    "optim__name": "adamw",
+    "optim__lr_per_256": 0.04,
+    "train__recompute_stats_epochs": 0.06,  # 3 batches
+}
+
+
+def make_probe_config(**values) -> Any:
+    cached: dict = {"train__cache_features": True, "train__freeze_stats": True, "optim__freeze": NOT_CLASSIFIER}
+    return make_config(**{**cached, "data__crop": "resize", **values})
+
+
+@pytest.fixture(scope="module")
+def phases(tmp_path_factory) -> Path:
+    """The workdir of a finished run whose layers thaw after 4 of 12 steps."""
+    workdir = tmp_path_factory.mktemp("run") / "phases"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+        train_and_evaluate(make_config(**PHASES), workdir)
+    return workdir
+
+
+def stop_after(monkeypatch, workdir: Path, step: int, config) -> dict[str, np.ndarray]:
+    """The arrays of the checkpoint of a run that a signal stopped."""
+    with monkeypatch.context() as patch:
+        send_at(patch, step, signal.SIGTERM)
+        assert train_and_evaluate(config, workdir)["step"] == step
+    return read_checkpoint(workdir)[0]
+
+
+def test_all_but_the_classifier_stay_to_the_bit_and_then_all_move(phases, tmp_path, monkeypatch):
+    config = make_config(**PHASES)
+    fresh = init_variables(train.build_model(config, train.describe(config.data)), seed=0)
+    start = {
+        f"{part}.{jax.tree_util.keystr(path, simple=True, separator='.')}": leaf
+        for part in ("params", "batch_stats")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(fresh[part])
+    }
+    leaves = stop_after(monkeypatch, tmp_path, 4, config)
+    same = {name: np.array_equal(leaves[name], value) for name, value in start.items()}
+    assert {name for name in same if not same[name]} == {"params.classifier.kernel", "params.classifier.bias"}
+    leaves, _ = read_checkpoint(phases)
+    assert not any(np.array_equal(leaves[name], value) for name, value in start.items())
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_trap_27_phases_continue_to_the_same_bits_from_either_side(phases, tmp_path, monkeypatch, step):
+    stop_after(monkeypatch, tmp_path, step, make_config(**PHASES))
+    assert train_and_evaluate(make_config(**PHASES), tmp_path) == read_result(phases)
+    assert_same_run(phases, tmp_path)
+
+
+def test_trap_17_the_run_ends_with_statistics_of_its_last_parameters(phases):
+    """Of the averages as well: those of three batches of the training stream, here by NumPy for the stem."""
+    config = make_config(**PHASES)
+    stream = make_train_iterator(config.data, seed=config.seed, process_index=0, process_count=1)
+    images = np.concatenate([next(stream)["images"] for _ in range(3)])
+    stream.close()
+    leaves, meta = read_checkpoint(phases)
+    assert meta["iterator"]["next_batch"] == STEPS  # the stream that training would continue
+    inputs = jnp.asarray((images.astype(np.float32) - 127.5) / 127.5)
+    for kind in ("", "ema."):
+        maps = jax.lax.conv_general_dilated(
+            inputs,
+            jnp.asarray(leaves[f"{kind}params.stem.conv.kernel"]),
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        maps = np.asarray(maps, np.float64)
+        found = {leaf: leaves[f"{kind}batch_stats.stem.norm.{leaf}"] for leaf in ("mean", "var")}
+        np.testing.assert_allclose(found["mean"], maps.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found["var"], maps.var((0, 1, 2)), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def probe(finished, tmp_path_factory) -> Path:
+    """The workdir of a finished linear probe of `finished` on other digits than it was trained on."""
+    workdir = tmp_path_factory.mktemp("run") / "probe"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+        train_and_evaluate(make_probe_config(init=str(finished)), workdir)
+    return workdir
+
+
+def test_a_probe_evaluates_on_features_as_the_whole_network_does_on_images(finished, probe):
+    last = read_metrics(probe)[-1]
+    with Run(make_probe_config(init=str(finished)), probe) as run:
+        found = run.evaluate()
+    for name in ("eval", "eval_ema"):
+        assert found[f"{name}/top1"] == last[f"{name}/top1"]
+        assert found[f"{name}/loss"] == pytest.approx(last[f"{name}/loss"], rel=1e-5)
+    leaves, source = (read_checkpoint(workdir)[0] for workdir in (probe, finished))
+    changed = {
+        name
+        for name, leaf in leaves.items()
+        if name.startswith(("params.", "batch_stats.")) and not np.array_equal(leaf, source[f"ema.{name}"])
+    }
+    assert changed == {"params.classifier.kernel", "params.classifier.bias"}
+    width = leaves["params.classifier.kernel"].shape[0]
+    assert read_result(probe)["trained"] == width * 10 + 10
+
+
+def test_trap_27_a_probe_continues_to_the_same_bits(finished, probe, tmp_path, monkeypatch):
+    config = make_probe_config(init=str(finished))
+    stop_after(monkeypatch, tmp_path, 5, config)
+    assert train_and_evaluate(config, tmp_path) == read_result(probe)
+    assert_same_run(probe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data__flip", True, r"train\.cache_features sees each image once, .*; data\.flip is True; valid"),
+        ("data__crop", "pad", r"data\.crop is 'pad'; valid: data\.crop='resize'"),
+        ("train__recompute_stats_epochs", 1.0, r"train\.recompute_stats_epochs is not 0"),
+        ("optim__freeze_epochs", 1.0, r"optim\.freeze_epochs is 1\.0"),
+        ("optim__freeze", ("^stem/",), r"trains the classifier alone; set optim\.freeze to"),
+        ("optim__freeze", (), r"trains the classifier alone"),
+    ],
+)
+def test_a_probe_of_what_changes_is_refused(tmp_path, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        Run(make_probe_config(**{key: value}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def make_card_file(path: Path) -> Path:
+    """Weights of five classes whose card has a preprocessing of its own."""
+    model = create_model("mobilenet_v3_small", width=0.35, num_classes=5, convention="torchvision")
+    card = make_card(
+        name="mine",
+        model="mobilenet_v3_small",
+        width=0.35,
+        convention="torchvision",
+        spec=model.spec,
+        preprocessing=Preprocessing((100.0, 110.0, 120.0), (50.0, 60.0, 70.0), 40, 0.9, "bicubic"),
+        class_names=None,
+        source={},
+    )
+    save_weights(path, model, init_variables(model, seed=1), card)
+    return path
+
+
+FROM_CARD: dict = {key.replace(".", "__"): None for key in train.CARD_KEYS}
+
+
+def test_trap_24_network_and_preprocessing_are_those_of_the_weights_unless_set(tmp_path, caplog):
+    weights = make_card_file(tmp_path / "w.safetensors")
+    config = make_config(**{**FROM_CARD, "model__stride_one": (), "init": str(weights), "data__crop_share": 0.8})
+    with Run(config, tmp_path / "run") as run:
+        data, saved = run.config.data, run._flat_config
+        assert (data.image_size, data.crop_share, data.interpolation) == (40, 0.8, "bicubic")
+        assert (tuple(data.mean), tuple(data.std)) == ((100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
+        assert (
+            run.model.spec
+            == create_model(
+                "mobilenet_v3_small", width=0.35, num_classes=10, convention="torchvision", dropout=0.2, bn_decay=0.9
+            ).spec
+        )
+        assert None not in [saved[key] for key in train.CARD_KEYS]
+        assert run._state.params["classifier"]["kernel"].shape[-1] == 10
+    assert "was trained with other preprocessing: data.crop_share is 0.8, there 0.9" in caplog.text
+    assert config.data.image_size is None  # the caller's config is as it was
+
+
+def test_a_config_that_follows_weights_needs_some(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.name, .* are none: as the weights have them; set init") as error:
+        Run(make_config(**FROM_CARD), tmp_path / "run")
+    assert "\n" not in str(error.value)
 
 
 # Images that cannot be read.

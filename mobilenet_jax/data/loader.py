@@ -62,10 +62,23 @@ class _Reader:
         return self._keep and size * len(self.source) <= MEMORY_BYTES
 
 
+class _Untouched:
+    """The transform of features, which are what they are."""
+
+    crop = "none"
+
+    def prepare(self, features: np.ndarray) -> np.ndarray:
+        return features
+
+    def augment(self, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        del rng
+        return features
+
+
 class _MakeExample:
     """An index into the training set and the generator of its place in the stream -> an augmented example."""
 
-    def __init__(self, reader: _Reader, transform: TrainTransform, *, on_error: str):
+    def __init__(self, reader: _Reader, transform: TrainTransform | _Untouched, *, on_error: str):
         self._reader, self._transform, self._on_error = reader, transform, on_error
         self._read = reader.read_to_crop if transform.crop == "inception" else reader.read
         self._reported: set[str] = set()
@@ -151,7 +164,9 @@ class TrainIterator(grain.DatasetIterator[Batch]):
             self._running = None
 
 
-def make_train_iterator(data_config, *, seed: int, process_index: int, process_count: int) -> TrainIterator:
+def make_train_iterator(
+    data_config, *, seed: int, process_index: int, process_count: int, features: Source | None = None
+) -> TrainIterator:
     """Training batches without end: every image once an epoch, in an order drawn anew for each.
 
     Args:
@@ -159,6 +174,7 @@ def make_train_iterator(data_config, *, seed: int, process_index: int, process_c
       seed: of order and augmentation; any integer from 0 on.
       process_index: which block of each global batch is wanted.
       process_count: how many blocks a global batch has. It does not change the global batch.
+      features: arrays in memory that stand for the images, one for each, and are given as they are.
 
     Returns:
       A Grain iterator of {"images": uint8[b, S, S, 3], "labels": int32[b], "skipped": int32[b]} with b =
@@ -171,8 +187,9 @@ def make_train_iterator(data_config, *, seed: int, process_index: int, process_c
     """
     _check(data_config)
     local_size = _divide(data_config, "batch_size", process_count)
-    transform = make_train_transform(data_config)
-    source = open_source(data_config, "train")
+    transform = _Untouched() if features else make_train_transform(data_config)
+    source = features or open_source(data_config, "train")
+    workers = 0 if features else data_config.workers
     if transform.crop == "inception" and not isinstance(source[0].image, np.ndarray) and not can_crop():
         logging.warning(
             "JPEGs are decoded whole, at half the speed: the installation found no C compiler or no headers of "
@@ -181,7 +198,7 @@ def make_train_iterator(data_config, *, seed: int, process_index: int, process_c
     # Hashed, because Grain seeds the order of epoch e with seed + e: with seeds 0 and 1 as they are,
     # one run's second epoch would be the other's first.
     order_seed, augment_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
-    reader = _Reader(source, transform.prepare, keep=data_config.workers == 0)
+    reader = _Reader(source, transform.prepare, keep=workers == 0 and not features)
     batches = (
         grain.MapDataset.range(len(source))
         .shuffle(order_seed)
@@ -192,8 +209,8 @@ def make_train_iterator(data_config, *, seed: int, process_index: int, process_c
     )
     return TrainIterator(
         batches,
-        workers=data_config.workers,
-        threads=_count_threads(source, workers=data_config.workers),
+        workers=workers,
+        threads=_count_threads(source, workers=workers),
         identity={"images": len(source), "batch_size": data_config.batch_size, "seed": seed},
     )
 
@@ -201,13 +218,13 @@ def make_train_iterator(data_config, *, seed: int, process_index: int, process_c
 class _LoadEvalBatch:
     """The number of an evaluation batch -> this process's block of it, padded and masked."""
 
-    def __init__(self, reader: _Reader, *, local_size: int, process_index: int, process_count: int, size: int):
-        self._reader, self._local_size, self._size = reader, local_size, size
+    def __init__(self, reader: _Reader, *, local_size: int, process_index: int, process_count: int, blank: np.ndarray):
+        self._reader, self._local_size, self._blank = reader, local_size, blank
         self._process_index, self._process_count = process_index, process_count
 
     def __call__(self, step: int) -> Batch:
         batch = {
-            "images": np.zeros((self._local_size, self._size, self._size, 3), np.uint8),
+            "images": np.stack([self._blank] * self._local_size),
             "labels": np.zeros(self._local_size, np.int32),
             "mask": np.zeros(self._local_size, bool),
         }
@@ -235,13 +252,17 @@ class EvalBatches:
             running.close()
 
 
-def make_eval_batches(data_config, *, process_index: int, process_count: int) -> tuple[EvalBatches, int]:
-    """Every image of the evaluation split exactly once over all processes, whatever the batch size.
+def make_eval_batches(
+    data_config, *, process_index: int, process_count: int, split: str | None = None, features: Source | None = None
+) -> tuple[EvalBatches, int]:
+    """Every image of a split exactly once over all processes, whatever the batch size, in the order of its source.
 
     Args:
-      data_config: config.data of configs/base.py; the split is holdout where data.holdout > 0, else test.
+      data_config: config.data of configs/base.py.
       process_index: which block of each global batch is wanted.
       process_count: how many blocks a global batch has.
+      split: by default that of evaluation: holdout where data.holdout > 0, else test.
+      features: arrays in memory that stand for the images, and are given as they are.
 
     Returns:
       The batches {"images": uint8[b, S, S, 3], "labels": int32[b], "mask": bool[b]}, b = eval_batch_size /
@@ -254,18 +275,22 @@ def make_eval_batches(data_config, *, process_index: int, process_count: int) ->
     """
     _check(data_config)
     local_size = _divide(data_config, "eval_batch_size", process_count)
-    source = open_source(data_config, eval_split(data_config))
-    reader = _Reader(source, make_eval_transform(data_config), keep=data_config.workers == 0)
+    source = features or open_source(data_config, split or eval_split(data_config))
+    workers = 0 if features else data_config.workers
+    # What is not evaluated again and again is not kept.
+    keep = workers == 0 and not features and split is None
+    reader = _Reader(source, _Untouched().prepare if features else make_eval_transform(data_config), keep=keep)
+    blank = np.zeros((data_config.image_size, data_config.image_size, 3), np.uint8)
     load = _LoadEvalBatch(
         reader,
         local_size=local_size,
         process_index=process_index,
         process_count=process_count,
-        size=data_config.image_size,
+        blank=np.zeros_like(features[0].image) if features else blank,
     )
     batches = grain.MapDataset.range(math.ceil(len(source) / data_config.eval_batch_size)).map(load)
-    threads = _count_threads(source, workers=data_config.workers)
-    return EvalBatches(batches, workers=data_config.workers, threads=threads), len(source)
+    threads = _count_threads(source, workers=workers)
+    return EvalBatches(batches, workers=workers, threads=threads), len(source)
 
 
 def _prefetch(batches: grain.MapDataset, *, workers: int, threads: int) -> grain.IterDataset:

@@ -218,9 +218,7 @@ def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
 
 def _list_classes(root: Path) -> dict[str, list[Path]]:
     """The image files of each class folder of `root`, both sorted by name."""
-    classes = {
-        folder.name: sorted(file for file in folder.iterdir() if _is_image(file)) for folder in _subfolders(root)
-    }
+    classes = {folder.name: sorted(file for file in folder.iterdir() if is_image(file)) for folder in _subfolders(root)}
     if not classes:
         raise ValueError(f"data.path: {root} has no class folders; it needs CLASS/*.jpg, one folder a class.")
     for name, files in classes.items():
@@ -236,7 +234,8 @@ def _subfolders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _is_image(file: Path) -> bool:
+def is_image(file: Path) -> bool:
+    """Whether a file's name is that of an image."""
     return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")  # macOS leaves ._NAME.jpg
 
 

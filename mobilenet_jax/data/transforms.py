@@ -14,32 +14,49 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from mobilenet_jax.data.decode import CroppableJpeg
 
-INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_LONG = 8  # aspect from which an image is resized in part; Pillow's boxes are float32, which costs a grey level
 CROPS = ("inception", "pad", "resize")
 
 
-def resize_and_center_crop(image: np.ndarray, size: int, *, crop_share: float, interpolation: str) -> np.ndarray:
-    """Resizes the shorter side to round(size / crop_share) pixels and keeps the central size x size.
+def resize_and_center_crop(
+    image: np.ndarray, size: int, *, crop_share: float, interpolation: str, squash: bool = False
+) -> np.ndarray:
+    """Resizes the shorter side to size / crop_share pixels, rounded down, and keeps the central size x size.
 
-    Both happen in one antialiased pass over the kept region, so that an extremely long image costs no more
-    than a square one; the region is centred to a fraction of a pixel.
+    The pixels are those of torchvision's Resize and CenterCrop, with their roundings of the longer side and of the
+    crop's place, and of timm's. An extremely long image costs no more than a square one: only what is kept of it is
+    resized.
 
     Args:
       image: uint8[H, W, 3].
       size: pixels of the result's sides.
       crop_share: side of the crop over the resized shorter side, in (0, 1].
-      interpolation: a name in INTERPOLATIONS.
+      interpolation: a name in INTERPOLATIONS; nearest samples, the others filter.
+      squash: resize both sides to size / crop_share instead, whatever the image's aspect, as Keras' load_img.
 
     Returns:
       uint8[size, size, 3].
     """
     height, width = image.shape[:2]
-    side = min(height, width) * size / round(size / crop_share)
-    left, top = (width - side) / 2, (height - side) / 2
-    if (left, top, side) == (0, 0, size):
-        return image
-    box = (left, top, left + side, top + side)
-    return np.asarray(Image.fromarray(image).resize((size, size), INTERPOLATIONS[interpolation], box=box))
+    shorter = int(size / crop_share + 1e-6)
+    if squash:
+        resized = (shorter, shorter)
+    else:
+        resized = int(shorter * width / min(width, height)), int(shorter * height / min(width, height))
+    left, top = (round((side - size) / 2) for side in resized)
+    if resized == (width, height):
+        return image[top : top + size, left : left + size]
+    pixels, resample = Image.fromarray(image), INTERPOLATIONS[interpolation]
+    if max(resized) <= _LONG * shorter:
+        return np.asarray(pixels.resize(resized, resample))[top : top + size, left : left + size]
+    x, y = width / resized[0], height / resized[1]
+    box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
+    return np.asarray(pixels.resize((size, size), resample, box=box))
 
 
 def crop_inception(
@@ -63,7 +80,7 @@ def crop_inception(
       size: pixels of the result's sides.
       area_range: smallest and largest share.
       aspect_range: smallest and largest aspect.
-      interpolation: a name in INTERPOLATIONS.
+      interpolation: bicubic; with any other name the crop is resized bilinearly.
       flip: whether left and right are exchanged in half of the draws.
 
     Returns:
@@ -78,7 +95,8 @@ def crop_inception(
         return image.resize_crop(box, size=size, bicubic=interpolation == "bicubic", mirrored=mirrored)
     left, top, width, height = box
     crop = Image.fromarray(image[top : top + height, left : left + width])
-    resized = crop.resize((size, size), INTERPOLATIONS[interpolation])
+    resample = Image.Resampling.BICUBIC if interpolation == "bicubic" else Image.Resampling.BILINEAR
+    resized = crop.resize((size, size), resample)
     return np.asarray(ImageOps.mirror(resized) if mirrored else resized)
 
 
@@ -211,11 +229,16 @@ class EvalTransform:
     image_size: int
     crop_share: float
     interpolation: str
+    squash: bool
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """uint8[H, W, 3] to uint8[S, S, 3]."""
         return resize_and_center_crop(
-            image, self.image_size, crop_share=self.crop_share, interpolation=self.interpolation
+            image,
+            self.image_size,
+            crop_share=self.crop_share,
+            interpolation=self.interpolation,
+            squash=self.squash,
         )
 
 
@@ -229,6 +252,7 @@ class TrainTransform:
     image_size: int
     crop_share: float
     interpolation: str
+    squash: bool
     crop: str
     area_range: tuple[float, float]
     aspect_range: tuple[float, float]
@@ -244,9 +268,7 @@ class TrainTransform:
         """uint8[H, W, 3] to uint8[S, S, 3] as evaluation has it; unchanged where the crop is random."""
         if self.crop == "inception":
             return image
-        return resize_and_center_crop(
-            image, self.image_size, crop_share=self.crop_share, interpolation=self.interpolation
-        )
+        return EvalTransform(self.image_size, self.crop_share, self.interpolation, self.squash)(image)
 
     def augment(self, image: np.ndarray | CroppableJpeg, rng: np.random.Generator) -> np.ndarray:
         """A prepared image to uint8[S, S, 3]; never writes to its argument.

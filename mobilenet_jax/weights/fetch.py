@@ -154,3 +154,5 @@ def _fetch_from_hub(repository: str, *, offline: bool) -> tuple[Path, str, Prepr
         return Path(path), f"timm/{config['architecture']}.{given['tag']}", preprocessing
     except (KeyError, TypeError) as error:
         raise WeightsError(f"the config.json of hf:{repository} is not timm's: {error} is missing") from error
+    except ValueError as error:
+        raise WeightsError(f"the config.json of hf:{repository} cannot be used: {error}") from error

@@ -5,7 +5,7 @@ of older V3 files, as "expanded_conv/expand/BatchNorm", are written as Keras 3 w
 """
 
 from mobilenet_jax.models.spec import Spec
-from mobilenet_jax.weights.card import HALF
+from mobilenet_jax.weights.card import KERAS_EXAMPLE
 from mobilenet_jax.weights.naming import Entry, Layout, Naming
 
 Layers = dict[str, tuple[str, str]]
@@ -46,12 +46,12 @@ def _name_layers(spec: Spec) -> Layers:
 KERAS = Naming(
     framework="keras",
     entries=(
-        Entry("MobileNet", "mobilenet_v1", "keras", HALF),
-        Entry("MobileNetV2", "mobilenet_v2", "keras", HALF),
-        Entry("MobileNetV3Large", "mobilenet_v3_large", "keras", HALF),
-        Entry("MobileNetV3Large", "mobilenet_v3_large_minimalistic", "keras", HALF),
-        Entry("MobileNetV3Small", "mobilenet_v3_small", "keras", HALF),
-        Entry("MobileNetV3Small", "mobilenet_v3_small_minimalistic", "keras", HALF),
+        Entry("MobileNet", "mobilenet_v1", "keras", KERAS_EXAMPLE),
+        Entry("MobileNetV2", "mobilenet_v2", "keras", KERAS_EXAMPLE),
+        Entry("MobileNetV3Large", "mobilenet_v3_large", "keras", KERAS_EXAMPLE),
+        Entry("MobileNetV3Large", "mobilenet_v3_large_minimalistic", "keras", KERAS_EXAMPLE),
+        Entry("MobileNetV3Small", "mobilenet_v3_small", "keras", KERAS_EXAMPLE),
+        Entry("MobileNetV3Small", "mobilenet_v3_small_minimalistic", "keras", KERAS_EXAMPLE),
     ),
     name_layers=_name_layers,
     leaves={

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,14 +211,15 @@ def _load_run(path: Path, options: dict[str, Any]) -> tuple[MobileNet, dict, dic
     digest = hashlib.sha256()
     for leaf in traverse_util.flatten_dict(variables).values():
         digest.update(np.ascontiguousarray(leaf).data)
-    keys = ("image_size", "crop_share", "interpolation", "mean", "std")
+    # A run from before a key was there had its default.
+    given = {f.name: config[f"data.{f.name}"] for f in fields(Preprocessing) if f"data.{f.name}" in config}
     card = make_card(
         name=config["name"],
         model=section["name"],
         width=section["width"],
         convention=section["convention"],
         spec=model.spec,
-        preprocessing=Preprocessing(**{key: config[f"data.{key}"] for key in keys}),
+        preprocessing=Preprocessing(**given),
         class_names=meta["class_names"] if len(meta["class_names"]) == model.spec.num_classes else None,
         source={"file": f"{path.name}, step {meta['step']}", "sha256": digest.hexdigest()},
         metrics=_read_evaluation(path, meta["step"]),

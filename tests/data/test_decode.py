@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -173,6 +174,31 @@ def test_a_bomb_is_refused_where_pillows_warnings_are_silenced(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(UnreadableImageError, match=r"decompression bomb"):
         decode_image(bomb(65000, 65000), name="big.png")
+
+
+def test_what_is_no_file_or_too_long_is_refused_unopened(tmp_path):
+    pipe, loop, long = tmp_path / "pipe.jpg", tmp_path / "loop.jpg", tmp_path / "long.webp"
+    os.mkfifo(pipe)
+    loop.symlink_to(loop)
+    with long.open("wb") as file:
+        file.write(b"RIFF\0\0\0\0WEBPVP8 ")
+        file.truncate(1 << 40)  # a hole: no bytes on the disk
+    for path, said in ((pipe, "no file"), (tmp_path, "no file"), (loop, "symbolic links"), (long, "1,099,511,627,776")):
+        with pytest.raises(UnreadableImageError, match=said):
+            decode_image(path, name="a")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "I;16"])
+def test_strips_change_nothing(monkeypatch, mode):
+    rng = np.random.default_rng(0)
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(65536, size=(50, 40), dtype=np.uint16))
+    else:
+        image = Image.fromarray(rng.integers(256, size=(50, 40, 4), dtype=np.uint8)).convert(mode)
+    data = encode(image, transparency=3) if mode == "P" else encode(image)
+    whole = decode_image(data, name="a")
+    monkeypatch.setattr(decode, "_STRIP", 40 * 7)
+    np.testing.assert_array_equal(decode_image(data, name="a"), whole)
 
 
 def test_a_large_photograph_below_the_limit_is_decoded():

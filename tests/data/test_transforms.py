@@ -1,4 +1,5 @@
 import collections
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ from PIL import Image, ImageEnhance
 
 from configs import base
 from mobilenet_jax.data import transforms
+from mobilenet_jax.data.decode import decode_image
 
 
 def data_config(**values) -> Any:
@@ -26,13 +28,44 @@ def test_evaluation_equals_resize_then_crop_where_that_is_exact():
     np.testing.assert_array_equal(cropped, image[16:48, 32:64])
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_evaluation_against_the_two_steps_of_pillow(interpolation):
-    image = noise(512, 768)
-    whole = Image.fromarray(image).resize((384, 256), transforms.INTERPOLATIONS[interpolation])
-    expected = np.asarray(whole.crop((80, 16, 304, 240))).astype(int)
-    result = transforms.resize_and_center_crop(image, 224, crop_share=0.875, interpolation=interpolation)
-    assert np.abs(result - expected).max() <= 1  # rounding: 224 / 0.875 = 256 exactly
+PRESETS = {
+    "torchvision_256": {"size": 224, "crop_share": 224 / 256, "interpolation": "bilinear"},
+    "torchvision_232": {"size": 224, "crop_share": 224 / 232, "interpolation": "bilinear"},
+    "timm_256_95_bicubic": {"size": 256, "crop_share": 0.95, "interpolation": "bicubic"},
+    "timm_224_9_bicubic": {"size": 224, "crop_share": 0.9, "interpolation": "bicubic"},
+    "keras_nearest": {"size": 224, "crop_share": 1.0, "interpolation": "nearest", "squash": True},
+    "keras_bilinear": {"size": 224, "crop_share": 1.0, "interpolation": "bilinear", "squash": True},
+}
+
+
+@pytest.mark.parametrize(
+    "photograph", ["astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"]
+)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_trap_24_and_trap_25_photographs_are_prepared_as_the_frameworks_do(preset, photograph):
+    """Rows and columns 3, 10, 17, ... of what they make of scikit-image's photographs, to a grey level.
+
+    preprocessing.npz was written with Pillow 13.0: torchvision 0.29.1, MobileNet_V2_Weights.IMAGENET1K_V1 (256) and _V2
+    (232) .transforms() with mean 0 and std 1, times 255; timm 1.0.31, create_transform((3, S, S), is_training=False,
+    crop_pct=, interpolation=, mean=(0, 0, 0), std=(1, 1, 1)), times 255; Keras 3.15.1, utils.load_img(path,
+    target_size=(224, 224), interpolation=). With that Pillow there is no difference at any pixel.
+    """
+    skimage = pytest.importorskip("skimage")
+    image = decode_image(Path(skimage.__file__).parent / "data" / photograph, name=photograph)
+    with np.load(Path(__file__).parent / "preprocessing.npz") as stored:
+        golden = stored[f"{preset}_{Path(photograph).stem}"]
+    result = transforms.resize_and_center_crop(image, **PRESETS[preset])[3::7, 3::7]
+    assert np.abs(result.astype(int) - golden).max() <= 1
+
+
+def test_an_extremely_long_image_is_resized_in_part_alone():
+    image = np.repeat(noise(10, 100), 10, axis=1)  # aspect 100 of 10 pixels
+    cut = transforms.resize_and_center_crop(image, 16, crop_share=0.8, interpolation="bilinear")
+    whole = Image.fromarray(image).resize((2000, 20), Image.Resampling.BILINEAR)
+    expected = np.asarray(whole)[2:18, 992:1008].astype(int)
+    assert np.abs(cut - expected).max() <= 1
+    long = np.zeros((1, 2**20, 3), np.uint8)  # to 224 pixels: 150 GB
+    assert transforms.resize_and_center_crop(long, 224, crop_share=1.0, interpolation="bilinear").max() == 0
 
 
 def test_trap_25_interpolation_is_antialiased_and_by_name():
@@ -268,6 +301,12 @@ def test_training_without_augmentation_is_evaluation():
     np.testing.assert_array_equal(trained, transforms.make_eval_transform(config)(image))
 
 
+def test_random_crops_are_never_sampled_without_a_filter():
+    image, configs = noise(50, 70), [data_config(crop="inception", interpolation=i) for i in ("nearest", "bilinear")]
+    crops = [transforms.make_train_transform(config).augment(image, np.random.default_rng(0)) for config in configs]
+    np.testing.assert_array_equal(*crops)
+
+
 def test_a_shift_stays_within_the_image():
     transforms.make_train_transform(data_config(pad=32))  # of no account with crop="resize"
     with pytest.raises(ValueError, match=r"^data\.pad is 32.*below data.image_size"):
@@ -278,7 +317,7 @@ def test_a_shift_stays_within_the_image():
     ("key", "value", "expected"),
     [
         ("crop", "centre", "one of inception, pad, resize"),
-        ("interpolation", "nearest", "one of bilinear, bicubic"),
+        ("interpolation", "lanczos", "one of nearest, bilinear, bicubic"),
         ("image_size", 0, "positive number of pixels"),
         ("crop_share", 1.5, "at most 1"),
         ("area_range", (0.0, 1.0), "above 0"),

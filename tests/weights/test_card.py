@@ -37,6 +37,34 @@ def test_every_key_is_needed(key):
         check_card([CARD], source="w")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mean", [1, 2]),
+        ("mean", [1, 2, float("nan")]),
+        ("std", [0, 1, 1]),
+        ("std", "abc"),
+        ("image_size", 10**9),
+        ("image_size", True),
+        ("crop_share", 1e-9),
+        ("crop_share", "1"),
+        ("interpolation", "lanczos"),
+        ("squash", 1),
+        ("other", 1),
+    ],
+)
+def test_preprocessing_that_cannot_be_is_refused(key, value):
+    card = {**CARD, "preprocessing": {**CARD["preprocessing"], key: value}}
+    with pytest.raises(WeightsError, match=r"^the card of w: ") as caught:
+        check_card(card, source="w")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_class_names_are_text():
+    with pytest.raises(WeightsError, match="class names that are no text"):
+        check_card({**CARD, "class_names": ["cat", 7]}, source="w")
+
+
 def test_trap_24_preprocessing_is_in_grey_levels():
     # torchvision: mean .485 .456 .406, std .229 .224 .225 of x / 255; Keras: x / 127.5 - 1
     assert [x / 255 for x in IMAGENET.mean] == pytest.approx([0.485, 0.456, 0.406])

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import threading
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.weights import WeightsError, fetch
+from mobilenet_jax.weights.card import HALF
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
 
@@ -157,8 +159,8 @@ def test_names_become_the_files_their_frameworks_publish():
 
 def write_weights(path, *, convention: str) -> None:
     model = create_model("mobilenet_v2", width=0.25, num_classes=3, convention=convention)
-    card = {"name": "", "model": "mobilenet_v2", "width": 0.25, "convention": convention, "preprocessing": {}}
-    card |= {"class_names": None, "source": {}, "metrics": {}, "notes": []}
+    card = {"name": "", "model": "mobilenet_v2", "width": 0.25, "convention": convention}
+    card |= {"preprocessing": asdict(HALF), "class_names": None, "source": {}, "metrics": {}, "notes": []}
     save_weights(path, model, init_variables(model, seed=0), card, format=convention)
 
 
@@ -201,6 +203,7 @@ def test_the_hub_gives_timms_weights_with_their_preprocessing(server, tmp_path, 
             "image_size": 256,
             "crop_share": 0.95,
             "interpolation": "bicubic",
+            "squash": False,
             "mean": [127.5, 127.5, 127.5],
             "std": [63.75, 127.5, 127.5],
         }

@@ -3,6 +3,7 @@ import logging
 import random
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from mobilenet_jax.models.network import create_model
 from mobilenet_jax.models.spec import to_json
 from mobilenet_jax.models.zoo import make_spec
 from mobilenet_jax.weights import WeightsError, load
+from mobilenet_jax.weights.card import HALF
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
 
@@ -117,6 +119,7 @@ def test_torchvisions_weights_of_imagenet_load_with_their_card(reference):
         "image_size": 224,
         "crop_share": 0.875,
         "interpolation": "bilinear",
+        "squash": False,
         "mean": [123.675, 116.28, 103.53],
         "std": [58.395, 57.12, 57.375],
     }
@@ -138,6 +141,7 @@ def test_trap_24_preprocessing_is_that_of_published_weights(reference, case):
             "image_size": tag["center_crop"] if "center_crop" in tag else tag["input_size"][-1],
             "crop_share": tag["center_crop"] / tag["resize_shorter_side"] if "center_crop" in tag else tag["crop_pct"],
             "interpolation": tag["interpolation"],
+            "squash": False,
             "mean": pytest.approx([255 * x for x in tag["mean"]]),
             "std": pytest.approx([255 * x for x in tag["std"]]),
         }
@@ -170,7 +174,7 @@ def write_tiny(path: Path, *, classes: int = 7, name: str = "mobilenet_v2", widt
         "model": name,
         "width": width,
         "convention": "torchvision",
-        "preprocessing": {},
+        "preprocessing": asdict(HALF),
         "class_names": None,
         "source": {},
         "metrics": {},

@@ -1,6 +1,7 @@
 import json
 import os
 import stat
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.weights import WeightsError, save
+from mobilenet_jax.weights.card import HALF
 from mobilenet_jax.weights.load import load_weights, read_tensors
 from mobilenet_jax.weights.save import save_weights
 
@@ -42,7 +44,7 @@ def tiny():
         "model": "mobilenet_v2",
         "width": 0.25,
         "convention": "torchvision",
-        "preprocessing": {},
+        "preprocessing": asdict(HALF),
         "class_names": ["a", "b", "c"],
         "source": {},
         "metrics": {},

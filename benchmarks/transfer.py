@@ -1,0 +1,187 @@
+"""What weights are worth: linear probe, frozen network, fine-tuning and training from scratch on a folder of images.
+
+    python benchmarks/transfer.py DIR --init=WEIGHTS --workdir=runs/transfer --seeds=3
+
+Every run is one of `configs/transfer.py`; `scratch` is `finetune` of random weights: the same images, augmentation,
+optimizer and epochs, with nothing frozen. Runs that are finished are kept and a stopped one continues, so the same
+command with more seeds or ways adds to the study. WORKDIR gets results.csv, table.md, curves.png, and for each way the
+confusion matrix over all seeds and a sheet of the mistakes that the first seed was surest of.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from configs import transfer
+from mobilenet_jax.data.loader import make_eval_batches
+from mobilenet_jax.data.sources import describe
+from mobilenet_jax.figures import draw_confusion
+from mobilenet_jax.metrics import read_metrics
+from mobilenet_jax.steps import normalise_images
+from mobilenet_jax.train import follow_card, train_and_evaluate
+from mobilenet_jax.weights.load import load_weights
+
+WAYS = {"probe": "#009E73", "frozen": "#0072B2", "finetune": "#D55E00", "scratch": "#999999"}  # and their colours
+COLUMNS = ("way", "seed", "top1", "loss", "count", "epochs", "trained", "seconds")
+
+
+def make_config(way: str, *, seed: int, flags: argparse.Namespace, card: dict) -> Any:
+    """The config of a run, with nothing left to the card."""
+    config: Any = transfer.get_config(f"folder,{'finetune' if way == 'scratch' else way}")
+    config.data.path, config.init, config.seed = str(flags.folder), str(flags.init), seed
+    config.data.image_size = flags.image_size
+    config.name = f"{flags.folder.name}_{way}"
+    config.data.holdout = flags.holdout
+    if flags.epochs:
+        config.train.epochs = flags.epochs
+    config = follow_card(config, lambda: card)
+    if way == "scratch":
+        config.init = ""
+        config.optim.freeze, config.optim.freeze_epochs, config.optim.layer_decay = (), None, 1.0
+    return config
+
+
+def run(way: str, *, seed: int, flags: argparse.Namespace, card: dict) -> dict:
+    """A row of the results; raises KeyboardInterrupt where a signal stopped the run."""
+    workdir = flags.workdir / f"{way}_{seed}"
+    clock = workdir / "seconds.txt"
+    before, start = float(clock.read_text()) if clock.exists() else 0.0, time.perf_counter()
+    was_finished = (workdir / "result.json").exists()
+    result = train_and_evaluate(make_config(way, seed=seed, flags=flags, card=card), workdir)
+    seconds = before if was_finished else before + time.perf_counter() - start
+    clock.write_text(f"{seconds:.1f}")
+    if "stopped" in result:
+        raise KeyboardInterrupt
+    row = {"way": way, "seed": seed, "epochs": result["epoch"], "seconds": seconds}
+    return row | {name: result[name] for name in COLUMNS if name in result}
+
+
+def write_results(rows: list[dict], workdir: Path) -> str:
+    """Write results.csv and table.md; return the table."""
+    with (workdir / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = ["| way | parameters trained | epochs | top-1 | loss | time of a run |", "|---|---:|---:|---:|---:|---:|"]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        own = [row for row in rows if row["way"] == way]
+        top1, loss = ([row[name] for row in own] for name in ("top1", "loss"))
+        spread = f" ± {100 * statistics.stdev(top1):.1f}" if len(own) > 1 else ""
+        minutes, seconds = divmod(round(statistics.mean(row["seconds"] for row in own)), 60)
+        lines.append(
+            f"| {way} | {own[0]['trained']:,} | {own[0]['epochs']:.0f} | {100 * statistics.mean(top1):.1f}{spread}% "
+            f"of {own[0]['count']:,} | {statistics.mean(loss):.3f} | {minutes}:{seconds:02} |"
+        )
+    table = "\n".join(lines) + "\n"
+    (workdir / "table.md").write_text(table)
+    return table
+
+
+def draw_curves(rows: list[dict], workdir: Path) -> None:
+    """Test accuracy against epochs, a thin line a seed and a thick one for their mean."""
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for way, color in WAYS.items():
+        curves = []
+        for row in rows:
+            if row["way"] == way:
+                lines = read_metrics(workdir / f"{way}_{row['seed']}")
+                kind = "eval_ema/top1" if "eval_ema/top1" in lines[-1] else "eval/top1"
+                curves.append([(line["epoch"], line[kind]) for line in lines if kind in line])
+        for curve in curves:
+            axes.plot(*zip(*curve, strict=True), color=color, linewidth=0.8, alpha=0.5)
+        if curves:
+            points = np.mean(curves, axis=0)
+            label = f"{way}: {points[-1, 1]:.1%}"
+            axes.plot(points[:, 0], points[:, 1], color=color, linewidth=2, marker="o", markersize=3, label=label)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("top-1 accuracy on the test images")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(workdir / "curves.png")
+
+
+def find_mistakes(workdir: Path, config, *, count: int) -> list[tuple[np.ndarray, int, int, float]]:
+    """(image, true class, predicted class, its probability) of the surest wrong answers, worst first."""
+    model, variables, _ = load_weights(workdir)
+    mean, std = tuple(config.data.mean), tuple(config.data.std)
+
+    @jax.jit
+    def predict(images):
+        logits: Any = model.apply(variables, normalise_images(images, mean, std))
+        return jax.nn.softmax(logits)
+
+    found = []
+    for batch in make_eval_batches(config.data, process_index=0, process_count=1)[0]:
+        answers = np.asarray(predict(batch["images"]))[batch["mask"]]
+        for image, label, shares in zip(batch["images"], batch["labels"], answers, strict=False):
+            if shares.argmax() != label:
+                found.append((image, int(label), int(shares.argmax()), float(shares.max())))
+    return sorted(found, key=lambda mistake: -mistake[3])[:count]
+
+
+def draw_mistakes(mistakes: list[tuple[np.ndarray, int, int, float]], names: tuple[str, ...], path: Path) -> None:
+    """A contact sheet, six to a row, of images as the network saw them."""
+    rows = max(1, -(-len(mistakes) // 6))
+    figure = Figure(figsize=(12, 2.4 * rows), dpi=100, layout="constrained")
+    for axes in (grid := figure.subplots(rows, 6, squeeze=False)).flat:
+        axes.set_axis_off()
+    for axes, (image, label, answer, share) in zip(grid.flat, mistakes, strict=False):
+        axes.imshow(image)
+        axes.set_title(f"{names[label]}\nnot {names[answer]} ({share:.0%})", fontsize=9)
+    figure.savefig(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is missing and draw what there is; 130 where a signal stopped it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg")
+    parser.add_argument("--init", required=True, help="weights, as load_weights takes them")
+    parser.add_argument("--workdir", type=Path, required=True, help="of the study; a run is WORKDIR/WAY_SEED")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1; default: %(default)s")
+    parser.add_argument("--image_size", type=int, help="pixels; default: that of the weights")
+    parser.add_argument("--epochs", type=float, help="of every run; default: those of configs/transfer.py")
+    parser.add_argument(
+        "--holdout", type=float, default=0.0, help="evaluate on this share of train; default: 0, on test"
+    )
+    parser.add_argument("--mistakes", type=int, default=24, help="on a sheet; default: %(default)s")
+    flags = parser.parse_args(argv)
+    flags.workdir.mkdir(parents=True, exist_ok=True)
+    card = load_weights(flags.init)[2]
+    rows = []
+    try:
+        for seed in range(flags.seeds):  # a seed of every way before the next: a study that is stopped compares
+            for way in flags.ways:
+                rows.append(run(way, seed=seed, flags=flags, card=card))
+                print(
+                    write_results(sorted(rows, key=lambda row: list(WAYS).index(row["way"])), flags.workdir), flush=True
+                )
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
+    draw_curves(rows, flags.workdir)
+    for way in flags.ways:
+        config = make_config(way, seed=0, flags=flags, card=card)
+        names = describe(config.data).class_names
+        folders = [flags.workdir / f"{way}_{seed}" for seed in range(flags.seeds)]
+        confusion = sum(np.loadtxt(folder / "confusion.csv", delimiter=",", dtype=int) for folder in folders)
+        draw_confusion(np.asarray(confusion), names, flags.workdir / f"confusion_{way}.png")
+        mistakes = find_mistakes(folders[0], config, count=flags.mistakes)
+        draw_mistakes(mistakes, names, flags.workdir / f"mistakes_{way}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
