@@ -98,7 +98,7 @@ def expect(dimensions: int) -> dict[str, float]:
 def run_study(seeds: int, *, dimensions: Sequence[int] = DIMENSIONS) -> list[dict]:
     """A row for each n: {"dimensions", "seeds", MEASURE: mean, MEASURE_sd, MEASURE_q25, _q50, _q75}, over the seeds.
 
-    The error of T^+ has no finite mean at n = 2, where T is at times next to singular: quartiles describe it.
+    The error of T^+ is told by quartiles: where n is 2 or 3 T is at times next to singular, and no mean settles.
     """
     points, rows = make_spiral(), []
     for n in dimensions:

@@ -147,7 +147,9 @@ def _check(config, mesh: Mesh) -> None:
         if train[key] < 1:
             raise ValueError(f"train.{key} is {train[key]}; valid: 1 or more")
     if train.diagnose_every_steps < 0:
-        raise ValueError(f"train.diagnose_every_steps is {train.diagnose_every_steps}; valid: 1 or more, or 0 for never")
+        raise ValueError(
+            f"train.diagnose_every_steps is {train.diagnose_every_steps}; valid: 1 or more, or 0 for never"
+        )
     for key in ("eval_every_epochs", "save_every_epochs"):
         if train[key] < 0:
             raise ValueError(f"train.{key} is {train[key]}; valid: above 0, or 0 for the end of the run alone")

@@ -99,8 +99,8 @@ def test_command_writes_table_results_and_figure(tmp_path, capsys):
     assert all(title in table for title in MEASURES.values())
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    expected = run_study(5)
-    assert [float(row["error_linear"]) for row in rows] == pytest.approx([r["error_linear"] for r in expected], rel=1e-5)
+    expected = [row["error_linear"] for row in run_study(5)]
+    assert [float(row["error_linear"]) for row in rows] == pytest.approx(expected, rel=1e-5)
     with Image.open(out / "figure.png") as image:
         assert image.size[0] > image.size[1] > 500
 

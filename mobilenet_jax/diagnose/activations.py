@@ -127,7 +127,9 @@ class Tally:
             for key, value in found.items():
                 before = total.get(key)
                 added = np.asarray(value).astype(np.int64)
-                total[key] = added if before is None else np.minimum(before, added) if key == "fewest" else before + added
+                total[key] = (
+                    added if before is None else np.minimum(before, added) if key == "fewest" else before + added
+                )
         for name, (count, mean, scatter) in moments.items():
             self.moments.setdefault(name, Moments()).add(int(count), np.asarray(mean), np.asarray(scatter))
         for kind, other in others.items():

@@ -8,7 +8,9 @@ import numpy as np
 # Of a filter's norm over that of a usual one of its layer. A channel whose response is a hundredth of the others' is
 # below one step of their int8 scale (1/127 of the largest weight), and adds 1e-4 of a usual channel's power.
 DEAD = 1e-2
-_NEGLIGIBLE = 1e-3  # of the largest norm: what is below is no example of a usual filter
+# Of the largest norm: what is below is no example of a usual filter. Weight decay takes a filter without gradient to
+# 1e-10 and less in a training run, and no living ones were seen a million times apart.
+_NEGLIGIBLE = 1e-6
 # Decibels. What is equal to float32's last bit (24 bits of 6.02 dB) is called equal.
 EXACT = 144.0
 
@@ -16,9 +18,10 @@ EXACT = 144.0
 def relative_norms(kernel: Any, factor: Any, *, xp: ModuleType = np) -> Any:
     """Norm of each filter of a kernel [..., C] times its `factor` [C], over that of a usual filter of the layer: [C].
 
-    With the batch norm folded in, `factor` is scale / sqrt(variance + epsilon): a filter is as dead by a scale of 0 as by
-    weights of 0, and one with small weights that batch norm scales up is alive. The usual norm is the median of those
-    above 1e-3 of the largest: it stands where most filters of a layer are dead, and where a few are 100 times the rest.
+    With the batch norm folded in, `factor` is scale / sqrt(variance + epsilon): a filter is as dead by a scale of 0 as
+    by weights of 0, and one with small weights that batch norm scales up is alive. The usual norm is the median of
+    those above 1e-6 of the largest: it stands where most filters of a layer are gone, and where a few are 1000 times
+    the rest.
     All are 0 in a layer of zeros. `xp` is NumPy, or jax.numpy under `jit`.
     """
     norms = xp.sqrt(xp.sum(xp.square(kernel), axis=tuple(range(kernel.ndim - 1)))) * xp.abs(factor)
@@ -160,4 +163,3 @@ def summarise_gradient_norms(lines: list[dict]) -> dict | None:
         "largest_step": steps[largest],
         "last": norms[-1],
     }
-

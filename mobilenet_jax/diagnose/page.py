@@ -59,7 +59,9 @@ def _draw_filters(figure: SubFigure, report: dict, layers: Sequence[Layer]) -> N
         part = f"first {count} of {layer.op.filters}" if count < layer.op.filters else f"{count}"
         axes.set_title(f"{layer.path}: {part} filters, {len(dead)} dead", fontsize=10, loc="left")
         axes.set_axis_off()
-    figure.suptitle("First depthwise layers (red +, blue −, each by its largest weight; framed: dead)", fontsize=10)
+    figure.suptitle(
+        "First depthwise layers (red above 0, blue below, each by its largest weight; framed: dead)", fontsize=10
+    )
 
 
 def tile_filters(filters: np.ndarray, *, columns: int) -> np.ndarray:

@@ -16,10 +16,10 @@ The report is JSON of schema 1:
       kernel_rank    {"effective_rank", "participation_ratio"} of pointwise and dense kernels, else null
       activations    null without images, and where the activation has no plateau; else {"floor_share": of outputs at 0,
                      "ceiling_share": at 6, null where there is no ceiling, "dead_channels": at 0 in every pixel,
-                     "saturated_channels": at 6 in every pixel, "active_units": null but for 1x1 convolutions:
-                     {"needed", "mean", "fewest": of a pixel, "lost_pixels": share of pixels with fewer than needed}}
-    bottlenecks    null, or [{"row", "channels", "effective_rank", "participation_ratio"}]: the covariance of the blocks'
-                   outputs over all pixels
+                     "saturated_channels": at 6 in every pixel, "active_units": null but for 1x1 convolutions, else
+                     {"needed", "mean", "fewest": of a pixel, "lost_pixels": share of them with fewer than needed}}
+    bottlenecks    null, or [{"row", "channels", "effective_rank", "participation_ratio"}]: of the covariance of the
+                   blocks' outputs over all pixels
     quantisation   null, or {"per_tensor", "per_channel"}: {"agreement": share of images with the same best class as the
                    float network, "kl": mean KL divergence from its answer, nats}; weights alone are rounded
     grad_norm      null, or {"steps", "norms", "median", "largest", "largest_step", "last"}, as the run logged them
@@ -35,9 +35,7 @@ from mobilenet_jax.models.spec import Spec
 SCHEMA = 1
 
 
-def make_report(
-    weights: tuple, *, tally: Tally | None = None, images: str = "", metrics: Sequence[dict] = ()
-) -> dict:
+def make_report(weights: tuple, *, tally: Tally | None = None, images: str = "", metrics: Sequence[dict] = ()) -> dict:
     """The report on (model, variables, card) of `load_weights`.
 
     `tally` is that of `measure_activations`, `images` what these were; `metrics` the lines of a run's metrics.jsonl.
@@ -54,9 +52,7 @@ def make_report(
         "images": {"source": images, "count": tally.images} if tally else None,
         "dead_below": DEAD,
         "findings": [],
-        "layers": [
-            measure_layer(layer, spec.bn_epsilon) | {"activations": found.get(layer.path)} for layer in layers
-        ],
+        "layers": [measure_layer(layer, spec.bn_epsilon) | {"activations": found.get(layer.path)} for layer in layers],
         "bottlenecks": bottlenecks,
         "quantisation": quantisation,
         "grad_norm": summarise_gradient_norms(list(metrics)),
@@ -69,7 +65,7 @@ def make_report(
 
 
 def _list_worst(layers: list[dict], count: Callable[[dict], int], limit: int = 3) -> str:
-    """"block_01/depthwise 4 of 96, ..." of the layers with the largest share."""
+    """ "block_01/depthwise 4 of 96, ..." of the layers with the largest share."""
     worst = sorted((layer for layer in layers if count(layer)), key=lambda layer: -count(layer) / layer["channels"])
     shown = [f"{layer['path']} {count(layer)} of {layer['channels']}" for layer in worst[:limit]]
     return ", ".join(shown) + (f", and {len(worst) - limit} more layers" if len(worst) > limit else "")
@@ -81,7 +77,7 @@ def _find_dead_filters(report: dict) -> str:
     dead, filters = sum(map(count, layers)), sum(layer["channels"] for layer in layers)
     if not dead:
         return f"No depthwise filter is dead: each of the {filters:,} has over {DEAD:.0%} of a usual one of its layer."
-    causes = [filter["cause"] for layer in layers for filter in layer["dead_filters"]]
+    causes = [found["cause"] for layer in layers for found in layer["dead_filters"]]
     return (
         f"{dead:,} of {filters:,} depthwise filters are dead, below {DEAD:.0%} of a usual one of their layer "
         f"({causes.count('kernel')} by their weights, {causes.count('scale')} by the batch norm's scale, "
@@ -105,8 +101,8 @@ def _find_small_variances(report: dict) -> str:
     least = min(layers, key=lambda layer: layer["norm"]["smallest_variance"])
     return (
         f"{small:,} batch-norm variances are below epsilon ({epsilon:g}), which decides these channels' scale: "
-        f"{_list_worst(layers, count)}. The smallest is {least['norm']['smallest_variance']:.1e} in {least['path']}, whose "
-        f"channel comes out at {least['norm']['smallest_shrink']:.1%} of its scale."
+        f"{_list_worst(layers, count)}. The smallest is {least['norm']['smallest_variance']:.1e} in {least['path']}, "
+        f"whose channel comes out at {least['norm']['smallest_shrink']:.1%} of its scale."
     )
 
 
@@ -124,7 +120,9 @@ def _find_dead_activations(report: dict) -> str:
 
 def _find_saturation(report: dict) -> str:
     layers = [
-        layer for layer in report["layers"] if layer["activations"] and layer["activations"]["ceiling_share"] is not None
+        layer
+        for layer in report["layers"]
+        if layer["activations"] and layer["activations"]["ceiling_share"] is not None
     ]
     if not layers:
         return ""
@@ -217,8 +215,9 @@ def format_text(report: dict) -> str:
 
 _LEGEND = """\
 dead: filters; var<eps: batch-norm variances below epsilon; at 0, at 6: shares of the outputs; always 0: channels;
-lost px: pixels with fewer active units than dimensions; rank: effective rank of the block's output, in the row of its last
-layer; int8 dB: weights' SQNR, mean over channels, with one scale / a scale a channel; lost: channels rounded to 0"""
+lost px: pixels with fewer active units than dimensions; rank: effective rank of the block's output, in the row of its
+last layer; int8 dB: weights' SQNR, mean over channels, with one scale / a scale a channel; lost: channels rounded to
+0"""
 
 
 def _format_row(layer: dict, ranks: dict[str, dict]) -> tuple[str, ...]:

@@ -64,10 +64,13 @@ def find(report: dict, start: str) -> str:
 
 def test_findings_name_what_was_planted(planted):
     dead = find(planted, "depthwise filters are dead")
-    assert dead.startswith("4 of 68 depthwise filters are dead, below 1% of a usual one of their layer (3 by their weights")
+    assert dead.startswith(
+        "4 of 68 depthwise filters are dead, below 1% of a usual one of their layer (3 by their weights"
+    )
     assert "1 by the batch norm's scale" in dead
     assert "block_00/depthwise 3 of 24, block_01/depthwise 1 of 32" in dead
-    assert "31 channels are 0 in every pixel" in find(planted, "Zeros")
+    # 30 and 1 by their bias, 3 by dead filters, and 1 whose input is the saturated channel.
+    assert "35 channels are 0 in every pixel" in find(planted, "Zeros")
     assert "1 channels are 6 in every pixel" in find(planted, "Saturation")
     assert "block_01/expand 1 of 32. The smallest is 1.0e-09 in block_01/expand" in find(planted, "variances")
     assert "worst: block_02/depthwise" in find(planted, "int8")
@@ -81,7 +84,17 @@ def test_report_is_json_of_the_documented_keys(planted):
     keys = "schema weights images dead_below findings layers bottlenecks quantisation grad_norm"
     assert planted.keys() == set(keys.split())
     assert planted["images"] == {"source": "a test", "count": 3}
-    layer_keys = {"path", "kind", "activation", "channels", "dead_filters", "norm", "int8", "kernel_rank", "activations"}
+    layer_keys = {
+        "path",
+        "kind",
+        "activation",
+        "channels",
+        "dead_filters",
+        "norm",
+        "int8",
+        "kernel_rank",
+        "activations",
+    }
     assert [layer["path"] for layer in planted["layers"]] == [
         "stem",
         *(f"block_{i:02d}/{name}" for i in (0, 1) for name in ("expand", "depthwise", "project")),
