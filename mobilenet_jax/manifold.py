@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.ticker import NullLocator
 
 from mobilenet_jax.metrics import write_text_atomic
 
@@ -170,17 +170,13 @@ def _draw_errors(axes, rows: Sequence[dict]) -> None:
         low, median, high = (np.array([row[f"{key}_q{q}"] for row in rows]) for q in (25, 50, 75))
         whiskers = [median - low, high - median]
         axes.bar(places, median, 0.34, yerr=whiskers, color=color, label=label, ecolor="#444444", capsize=3)
-    axes.axhline(0.25, color="#444444", linewidth=1, linestyle=":")
     # T^+ ReLU(T x) is x / 2 on average, since ReLU(T x) = (T x + |T x|) / 2 and T has the law of -T.
-    axes.annotate("1/4: T⁺ gives back x / 2", (len(rows) - 0.5, 0.25), (0, 3), **_NOTE)
+    axes.axhline(0.25, color="#444444", linewidth=1, linestyle=":", label="1/4: T⁺ gives back x / 2")
     axes.set_xticks(range(len(rows)), [f"n = {row['dimensions']}" for row in rows])
     axes.set_ylabel("squared error over squared norm")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-_NOTE: dict = {"textcoords": "offset points", "ha": "right", "va": "bottom", "fontsize": 8}
 
 
 def _draw_losses(axes, rows: Sequence[dict]) -> None:
@@ -195,8 +191,8 @@ def _draw_losses(axes, rows: Sequence[dict]) -> None:
         seen = [(row["dimensions"], row[key]) for row in rows if row[key] > 0]
         axes.plot(*zip(*seen, strict=True), marker, color=color, label=label, markersize=6)
     axes.set_yscale("log")
-    axes.set_ylim(1e-6, 2)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+    axes.set_ylim(1e-7, 2)
+    axes.yaxis.set_major_formatter(lambda share, _: _share(share))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xticks(dimensions)
     axes.set_xlabel("n")

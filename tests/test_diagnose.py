@@ -9,13 +9,14 @@ from PIL import Image
 
 from configs import base
 from mobilenet_jax import train
-from mobilenet_jax.diagnose.__main__ import main
+from mobilenet_jax.diagnose.__main__ import main, open_images, parse
 from mobilenet_jax.metrics import read_metrics
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.sharding import make_mesh
 from mobilenet_jax.train import train_and_evaluate
 from mobilenet_jax.weights.card import HALF, make_card
+from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
@@ -72,7 +73,7 @@ def test_planted_dead_filters_arrive_in_all_files(weights, tmp_path, capsys):
     assert "diagnosis.json" in err
 
 
-def test_a_run_is_diagnosed_on_its_own_evaluation_set_with_its_gradient_norms(tmp_path, capsys, monkeypatch):
+def test_a_run_logs_dead_filters_and_is_diagnosed_with_its_gradient_norms(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     config = base.get_config()
     settings = {
@@ -91,14 +92,24 @@ def test_a_run_is_diagnosed_on_its_own_evaluation_set_with_its_gradient_norms(tm
     keys = {"train/dead_filters", "train/filters_below_1e-1", "train/variances_below_epsilon"}
     assert [bool(keys & line.keys()) for line in lines] == [False, True, False, True]
     assert keys <= lines[1].keys()
-    given = (f"--weights={tmp_path / 'run'}", "--config=configs/v1.py", "--batch_size=360", "--json")
-    code, text, _ = run(capsys, *given)
+    code, text, _ = run(capsys, f"--weights={tmp_path / 'run'}", "--json")
     report = json.loads(text)
     assert code == 0
-    assert report["images"] == {"source": "the evaluation set of configs/v1.py", "count": 360}
+    assert report["images"] is None
     assert report["grad_norm"]["norms"] == [line["train/grad_norm"] for line in lines]
     dead = sum(len(layer["dead_filters"]) for layer in report["layers"] if layer["kind"] == "depthwise")
     assert dead == lines[3]["train/dead_filters"]
+
+
+def test_a_configs_evaluation_set_is_prepared_as_the_card_says_but_for_overrides(weights):
+    card = load_weights(weights)[2]
+    given = ["--weights=w", "--config=configs/v1.py", "--config.data.mean=(1.0,2.0,3.0)", "--batch_size=100"]
+    images = open_images(*parse(given), card)
+    batches = list(images.batches)
+    assert images.count == sum(batch["mask"].sum() for batch in batches) == 360
+    assert {batch["images"].shape for batch in batches} == {(100, 16, 16, 3)}  # 32 in the config, 16 on the card
+    assert (images.size, images.mean, images.std) == (16, (1.0, 2.0, 3.0), (127.5, 127.5, 127.5))
+    assert images.source == "the evaluation set of configs/v1.py"
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def _find_small_variances(report: dict) -> str:
     return (
         f"{small:,} batch-norm variances are below epsilon ({epsilon:g}), which decides these channels' scale: "
         f"{_list_worst(layers, count)}. The smallest is {least['norm']['smallest_variance']:.1e} in {least['path']}, "
-        f"whose channel comes out at {least['norm']['smallest_shrink']:.1%} of its scale."
+        f"whose channel comes out at {least['norm']['smallest_shrink']:.2g} of its scale."
     )
 
 
@@ -164,11 +164,10 @@ def _find_int8_risk(report: dict) -> str:
     lost = sum(len(layer["int8"]["lost_channels"]) for layer in report["layers"])
     text = f"int8 weights with one scale a layer, worst: {shown}; {lost:,} living channels round to nothing."
     if answers := report["quantisation"]:
-        said = [
-            f"{answers[kind]['agreement']:.1%} of the images keep their class (KL {answers[kind]['kl']:.3g})"
-            for kind in ("per_tensor", "per_channel")
-        ]
-        text += f" With one scale a layer {said[0]}, with one a channel {said[1]}."
+        for kind, start in (("per_tensor", " Of the images"), ("per_channel", "; with a scale a channel")):
+            found = answers[kind]
+            text += f"{start} {found['agreement']:.1%} keep their class (KL {found['kl']:.2g} nats)"
+        text += "."
     return text
 
 

@@ -38,4 +38,4 @@ def test_page_draws_filters_and_frames_the_dead(tiny, tmp_path, monkeypatch, met
     assert [len(axes.patches) for axes in saved[0].axes[:3]] == [2, 0, 0]
     assert ("Gradient norm before clipping" in titles) == bool(metrics)
     with Image.open(tmp_path / "page.png") as image:
-        assert image.size == (1920, 1440)
+        assert image.size == (1920, 1488)

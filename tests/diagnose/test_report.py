@@ -75,6 +75,9 @@ def test_findings_name_what_was_planted(planted):
     assert "block_01/expand 1 of 32. The smallest is 1.0e-09 in block_01/expand" in find(planted, "variances")
     assert "worst: block_02/depthwise" in find(planted, "int8")
     assert "11 living channels round to nothing" in find(planted, "int8")
+    answers = planted["quantisation"]
+    assert answers["per_channel"]["kl"] < answers["per_tensor"]["kl"]
+    assert f"(KL {answers['per_tensor']['kl']:.2g} nats); with a scale a channel" in find(planted, "int8")
     assert "largest 40 at step 20, last 1." in find(planted, "Gradient")
     assert "block_01" in find(planted, "Dimensions in use")
 
