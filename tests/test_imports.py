@@ -47,7 +47,7 @@ ALLOWED = {
         "weights.load",
     },
     "diagnose.report": {"diagnose.activations", "diagnose.measures", "diagnose.weights", "models.spec"},
-    "diagnose.page": {"diagnose.weights"},
+    "diagnose.page": {"diagnose.measures", "diagnose.weights"},
     "diagnose.activations": {
         "diagnose.measures",
         "diagnose.weights",

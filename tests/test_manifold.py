@@ -83,9 +83,8 @@ def test_fewer_dimensions_lose_more(study):
 def test_pseudo_inverse_gives_half_of_the_point_on_average():
     # ReLU(T x) = (T x + |T x|) / 2, and T has the law of -T; with many rows every T does.
     points = make_spiral()
-    back = project_back(points, draw_embedding(20_000, 0))
-    np.testing.assert_allclose(back, points / 2, atol=0.02)
-    assert measure(points, draw_embedding(20_000, 0))["error_pseudo_inverse"] == pytest.approx(0.25, abs=0.02)
+    back = project_back(points, draw_embedding(5000, 0))
+    np.testing.assert_allclose(back, points / 2, atol=0.04)
     mean = np.mean([project_back(points, draw_embedding(15, seed)) for seed in range(400)], axis=0)
     np.testing.assert_allclose(mean, points / 2, atol=0.05)
 

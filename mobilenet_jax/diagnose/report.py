@@ -140,7 +140,7 @@ def _find_lost_pixels(report: dict) -> str:
     worst = sorted(filter(lost, layers), key=lost, reverse=True)[:3]
     if not worst:
         return "Every pixel keeps as many active units behind its 1x1 convolutions as there are dimensions to keep."
-    shown = ", ".join(f"{layer['path']} at {lost(layer):.1%} of the pixels" for layer in worst)
+    shown = ", ".join(f"{layer['path']} at {100 * lost(layer):.2g}% of the pixels" for layer in worst)
     return f"Fewer active units than dimensions, so that the input cannot be recovered: {shown}."
 
 
