@@ -21,22 +21,23 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from configs import transfer
 from mobilenet_jax.data.loader import make_eval_batches
 from mobilenet_jax.data.sources import describe
 from mobilenet_jax.figures import draw_confusion
+from mobilenet_jax.main import load_config
 from mobilenet_jax.metrics import read_metrics
 from mobilenet_jax.steps import normalise_images
 from mobilenet_jax.train import follow_card, train_and_evaluate
 from mobilenet_jax.weights.load import load_weights
 
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "transfer.py"
 WAYS = {"probe": "#009E73", "frozen": "#0072B2", "finetune": "#D55E00", "scratch": "#999999"}  # and their colours
 COLUMNS = ("way", "seed", "top1", "loss", "count", "epochs", "trained", "seconds")
 
 
 def make_config(way: str, *, seed: int, flags: argparse.Namespace, card: dict) -> Any:
     """The config of a run, with nothing left to the card."""
-    config: Any = transfer.get_config(f"folder,{'finetune' if way == 'scratch' else way}")
+    config: Any = load_config(f"{CONFIG}:folder,{'finetune' if way == 'scratch' else way}", [])
     config.data.path, config.init, config.seed = str(flags.folder), str(flags.init), seed
     config.data.image_size = flags.image_size
     config.name = f"{flags.folder.name}_{way}"
@@ -61,7 +62,7 @@ def run(way: str, *, seed: int, flags: argparse.Namespace, card: dict) -> dict:
     clock.write_text(f"{seconds:.1f}")
     if "stopped" in result:
         raise KeyboardInterrupt
-    row = {"way": way, "seed": seed, "epochs": result["epoch"], "seconds": seconds}
+    row = {"way": way, "seed": seed, "epochs": result["epoch"], "seconds": round(seconds, 1)}
     return row | {name: result[name] for name in COLUMNS if name in result}
 
 

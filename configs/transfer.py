@@ -7,7 +7,7 @@ preprocessing are those of its card, the classifier is new. How much is trained 
 
     probe     the classifier, on features computed once without augmentation: a minute or two for a thousand images
     frozen    the classifier, on augmented images that pass through the frozen network at each step
-    finetune  the same for 5 epochs, then all layers, each at .8 of the rate of the one above it (the default of folder)
+    finetune  the same for 3 epochs, then all layers, each at .8 of the rate of the one above it (the default of folder)
 
 Variants: folder (data.path), uc_merced (frozen by default), digits (for weights of a run of 32 px).
 """
@@ -79,8 +79,9 @@ def _frozen(config) -> None:
 
 
 def _finetune(config) -> None:
-    _train_the_classifier(config, epochs=20.0)
-    config.optim.freeze_epochs = 5.0
+    _train_the_classifier(config, epochs=12.0)
+    config.train.eval_every_epochs = 3.0
+    config.optim.freeze_epochs = 3.0
     config.optim.layer_decay = 0.8  # not tuned
     config.optim.clip_norm = 5.0
     config.train.recompute_stats_epochs = 1.0

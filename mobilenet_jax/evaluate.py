@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -75,7 +75,7 @@ def evaluate_weights(weights: tuple[MobileNet, dict, dict], data_config) -> dict
     params = {**variables["params"]}
     params["classifier"] = {name: leaf[..., order] for name, leaf in params["classifier"].items()}
     step = functools.partial(eval_step, model=model, mean=data_config.mean, std=data_config.std)
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    processes: dict[str, Any] = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches, count = make_eval_batches(data_config, **processes)
     placed = replicate({**variables, "params": params}, mesh)
     metrics, classes, _ = evaluate(shard_eval_step(step, mesh), placed, batches, count=count, mesh=mesh)

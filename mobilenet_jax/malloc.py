@@ -6,9 +6,11 @@ import os
 import platform
 import sys
 
-# Huge pages wherever the heap is; no buffer below 10 GB gets a mapping of its own; freed memory is kept up to 20 GB.
+# Huge pages wherever the heap is; one heap for all threads, for those of other threads end at 64 MB and map what is
+# larger; no buffer below 10 GB gets a mapping of its own; freed memory is kept up to 20 GB.
 TUNABLES = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=20000000000"  # bytes
+    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:"
+    "glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=20000000000"  # bytes
 )
 # Where users say it themselves, they are obeyed.
 _VARIABLES = (

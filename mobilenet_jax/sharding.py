@@ -11,6 +11,22 @@ AXIS = "data"
 PARALLEL = ("jit", "pmap")
 
 
+def describe_devices(platform: str = "any") -> str:
+    """What JAX computes on, in a line, as "8 TPU v5 lite, processes: 1".
+
+    Raises RuntimeError unless they are of the platform that is asked for: cpu, gpu, tpu or any.
+    """
+    devices = jax.devices()
+    kinds = ", ".join(sorted({device.device_kind for device in devices}))
+    found = f"{len(devices)} {kinds}, processes: {jax.process_count()}"
+    if platform not in ("any", devices[0].platform):
+        raise RuntimeError(
+            f"{platform} was asked for and JAX {jax.__version__} found {found}; choose a runtime that has one, or "
+            'install JAX for it: pip install -e ".[tpu]" or ".[cuda]"'
+        )
+    return found
+
+
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A 1-D mesh over `devices`, all of them by default."""
     return Mesh(np.array(devices or jax.devices()), (AXIS,))

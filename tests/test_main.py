@@ -250,7 +250,7 @@ def test_evaluation_without_a_checkpoint_is_one_sentence(capsys, tmp_path):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file of a small network for ten classes, with a card that asks for 20 pixels."""
+    """A file of a small network for ten classes, with a card that asks for 40 pixels."""
     model = create_model("mobilenet_v1", width=0.1, num_classes=10)
     card = make_card(
         name="tiny",
@@ -258,7 +258,7 @@ def weights(tmp_path_factory):
         width=0.1,
         convention="keras",
         spec=model.spec,
-        preprocessing=replace(HALF, image_size=20, crop_share=1.0, interpolation="nearest"),
+        preprocessing=replace(HALF, image_size=40, crop_share=1.0, interpolation="nearest"),
         class_names=None,
         source={"file": "w", "sha256": "0"},
     )
@@ -282,7 +282,7 @@ def test_trap_24_weights_are_evaluated_as_their_card_says(capsys, tmp_path, monk
     assert list(result["class_accuracy"]) == list("0123456789")
     assert {"loss", "top1", "top5", "ece"} < result.keys()
     data = seen[0]
-    assert (data.image_size, data.interpolation, data.mean, data.std) == (20, "nearest", (1, 2, 3), (127.5,) * 3)
+    assert (data.image_size, data.interpolation, data.mean, data.std) == (40, "nearest", (1, 2, 3), (127.5,) * 3)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_trap_24_weights_are_evaluated_as_their_card_says(capsys, tmp_path, monk
         (["--weights=nowhere"], "there are no weights nowhere"),
         (["--config.data.source=fake:8", "--config.data.num_classes=4"], "fake test has 4 classes and the weights 10;"),
         (["--config.data.interpolation=lanczos"], "data.interpolation is 'lanczos'"),
-        (["--config.data.image_size=0"], "image_size is 0"),
+        (["--config.data.image_size=0"], "use a larger image_size"),
     ],
 )
 def test_weights_that_cannot_be_evaluated_are_one_sentence(capsys, tmp_path, weights, arguments, said):

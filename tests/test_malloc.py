@@ -13,17 +13,19 @@ CLEAN = {key: value for key, value in os.environ.items() if not key.startswith((
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc alone is tuned")
 
-# Allocate and free what a step allocates and frees, ten times; print the page faults.
+# Allocate and free what a step allocates and frees, ten times, in another thread as XLA does; print the page faults.
 FAULTS = """
 import resource
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 def fault():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        np.empty(2**25, np.uint8).fill(1)
+        np.empty(2**27, np.uint8).fill(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-fault()
-print(fault())
+with ThreadPoolExecutor(1) as pool:
+    pool.submit(fault).result()
+    print(pool.submit(fault).result())
 """
 HUGE = r"""
 import re
@@ -53,7 +55,7 @@ def run(program: str, *arguments: str, **variables: str) -> list[str]:
 @needs_glibc
 def test_freed_buffers_are_reused_without_page_faults():
     default, kept = int(run(FAULTS)[0]), int(run(FAULTS, GLIBC_TUNABLES=TUNABLES)[0])
-    assert default > 1000
+    assert default > 100
     assert kept < default / 100
 
 

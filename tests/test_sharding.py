@@ -28,6 +28,7 @@ from mobilenet_jax.models.spec import Conv, InvertedResidual, Spec
 from mobilenet_jax.sharding import (
     AXIS,
     check_batch_size,
+    describe_devices,
     make_key,
     make_mesh,
     put_batch,
@@ -64,6 +65,12 @@ def make_variables() -> dict:
 
 def mesh_of(devices: int) -> Mesh:
     return make_mesh(jax.devices()[:devices])
+
+
+def test_devices_are_named_and_a_missing_platform_stops():
+    assert describe_devices() == describe_devices("cpu") == "8 cpu, processes: 1"
+    with pytest.raises(RuntimeError, match=r"^tpu was asked for and JAX .* found 8 cpu, processes: 1; choose"):
+        describe_devices("tpu")
 
 
 def step_once(

@@ -103,7 +103,9 @@ def test_metrics_have_the_documented_keys(finished):
     assert [line["step"] for line in lines] == [3, 6, 7, 9, 12]
     always = {"step", "epoch", "train/loss", "train/top1", "train/lr", "train/grad_norm", "data/skipped"}
     always |= {"time/images_per_second", "time/data_wait"}
-    of_evaluation = {f"{kind}/{name}" for kind in ("eval", "eval_ema") for name in ("loss", "top1", "top5", "count")}
+    of_evaluation = {
+        f"{kind}/{name}" for kind in ("eval", "eval_ema") for name in ("loss", "top1", "top5", "ece", "count")
+    }
     for line in lines:
         assert line.keys() == always | (of_evaluation if line["step"] in (7, 12) else set())
         assert line["epoch"] == pytest.approx(line["step"] * 32 / 1437)

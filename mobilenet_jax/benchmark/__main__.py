@@ -26,6 +26,7 @@ PEERS = {
     "flax": "our network as Flax's plain layers write it, grouped convolutions and all",
     "keras": "Keras on JAX",
     "torch": "torchvision, timm for V1 and V4, channels_last",
+    "litert": "LiteRT with XNNPACK on Keras' V1 to V3, of inference alone",
     "tfdata": "tf.data, of the input alone",
 }
 # `scaling` moves one of these at a time, from the first value of each flag.
@@ -86,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--options", type=_options, default={}, help='of create_model, for our sides, as \'{"dtype": "bfloat16"}\'')
     add("--photographs", type=int, default=2000, help="JPEGs made for the input; default: 2000")
     add("--workers", type=int, default=0, help="data.workers of our input; default: 0")
-    for peer in ("torch", "keras", "tfdata"):
+    for peer in ("torch", "keras", "litert", "tfdata"):
         add(f"--python_{peer}", metavar="PYTHON", type=_program, help=f"the interpreter that has {peer}'s packages")
     add("--json", metavar="FILE", type=Path, help="write all numbers there, anew after each case")
     add("--draw", metavar="FILE", type=Path, nargs="+", help="measure nothing: draw and tabulate such files")
@@ -172,7 +173,7 @@ def run_case(case: Case, args: argparse.Namespace, images: str) -> dict:
         "images": images,
         "workers": args.workers,
     }
-    pythons = {peer: getattr(args, f"python_{peer}") for peer in ("torch", "keras", "tfdata")}
+    pythons = {peer: getattr(args, f"python_{peer}") for peer in ("torch", "keras", "litert", "tfdata")}
     measured = measure(
         message,
         sides,

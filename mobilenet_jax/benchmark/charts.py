@@ -8,7 +8,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullLocator
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
-_COLORS = {"ours": "#0072B2", "torch": "#D55E00", "keras": "#CC79A7", "flax": "#009E73", "tfdata": "#E69F00"}
+_COLORS = {
+    "ours": "#0072B2",
+    "torch": "#D55E00",
+    "keras": "#CC79A7",
+    "flax": "#009E73",
+    "litert": "#56B4E9",
+    "tfdata": "#E69F00",
+}
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -113,6 +120,7 @@ def draw_resolutions(results: Sequence[dict], path: Path) -> None:
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
     axes.set_xlabel("resolution, pixels")
     axes.set_ylabel("training step, milliseconds an image\n(dashed: in proportion to multiply-adds)")
     axes.legend(frameon=False, fontsize=8)

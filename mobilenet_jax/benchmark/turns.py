@@ -19,7 +19,7 @@ _NETWORK = {"ours": "jax_worker.py", "flax": "jax_worker.py", "keras": "keras_wo
 # For each kind of case the sides there are, and the file that each runs.
 SIDES: dict[str, dict[str, str]] = {
     "train": _NETWORK,
-    "infer": _NETWORK,
+    "infer": {**_NETWORK, "litert": "litert_worker.py"},
     "memory": {"ours": "jax_worker.py", "flax": "jax_worker.py"},  # nothing else tells what a step will need
     "input": {"ours": "loader_worker.py", "tfdata": "tfdata_worker.py"},
     "augment": {"ours": "loader_worker.py"},
@@ -149,8 +149,8 @@ def measure(
       case: what the workers load: "what" a key of SIDES, "threads" their cores.
       sides: the first of them is what the others are compared with.
       pythons: the interpreter of a side, where it is not this one.
-      rounds: turns of each side; 0 loads and compiles alone. A turn begins with one step that is not timed. Each round
-        runs in the reverse order of the one before.
+      rounds: turns of each side; 0 loads and compiles alone. A turn begins with half as many steps that are not
+        timed, one at least. Each round runs in the reverse order of the one before.
       seconds: about the length of a turn.
 
     Returns:
@@ -179,20 +179,24 @@ def measure(
 def _take_turns(workers: dict[str, Worker], failed: dict[str, str], *, rounds: int, seconds: float):
     times: dict[str, list[float]] = {side: [] for side in workers}
     steps: dict[str, int] = {}
-    for number in range(-2, rounds):  # the first run warms up, the second says how many steps a turn has
+    for number in range(-2, rounds):  # the first run warms up, those after it say how many steps a turn has
         for side in list(workers)[:: 1 if number % 2 else -1]:
             try:
                 if number >= 0:  # what lay idle for the others' turns is slow at first: caches, reclaimed memory
-                    workers[side].run(1)
-                taken = workers[side].run(steps.get(side, 1)) / steps.get(side, 1)
+                    workers[side].run(max(1, steps[side] // 2))
+                count = steps.get(side, 1)
+                taken = workers[side].run(count)
+                while number == -1 and taken < seconds / 4:  # a few steps say little: batches may be waiting
+                    count *= 2
+                    taken = workers[side].run(count)
             except WorkerError as error:
                 failed[side] = str(error)
                 del workers[side]
                 continue
             if number == -1:
-                steps[side] = max(1, round(seconds / taken))
+                steps[side] = max(1, round(seconds / taken * count))
             elif number >= 0:
-                times[side].append(taken)
+                times[side].append(taken / count)
     return times
 
 

@@ -63,9 +63,13 @@ def decode_image(data: bytes | Path, *, name: str) -> np.ndarray:
 
 
 def _check_file(data: bytes | Path) -> None:
-    if isinstance(data, Path) and not stat.S_ISREG(data.stat().st_mode):
-        raise ValueError("it is no file")  # opening a pipe would wait for its other end
-    size = data.stat().st_size if isinstance(data, Path) else len(data)
+    if isinstance(data, Path):
+        status = data.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no file")  # opening a pipe would wait for its other end
+    else:
+        size = len(data)
     if size > MAX_BYTES:
         raise ValueError(f"it has {size:,} bytes, and at most {MAX_BYTES:,} are read")
 

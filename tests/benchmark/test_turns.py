@@ -117,9 +117,11 @@ def test_sides_take_turns_of_equal_length_in_alternating_order(sides, tmp_path):
     sides(log, ours=take("ours", "0.5"), torch=take("torch", "turn"))
     result = measure(CASE, ["ours", "torch"], pythons={}, rounds=3, seconds=4)
     order = [line.split() for line in log.read_text().splitlines()]
-    # Warm-up, then a step to see how many a turn has (4 / 0.5, and 4 / 2), then three rounds, a step untimed first.
-    assert order[:4] == [["torch", "1"], ["ours", "1"], ["ours", "1"], ["torch", "1"]]
-    assert order[4::2] == [[side, "1"] for side in ("torch", "ours", "ours", "torch", "torch", "ours")]
+    # Warm-up, then a quarter of a turn to see how many steps it has (4 / 0.5, and 4 / 2), then three rounds, each with
+    # half as many untimed first.
+    assert order[:5] == [["torch", "1"], ["ours", "1"], ["ours", "1"], ["ours", "2"], ["torch", "1"]]
+    order = order[1:]
+    assert order[4::2] == [["torch", "1"], ["ours", "4"], ["ours", "4"], ["torch", "1"], ["torch", "1"], ["ours", "4"]]
     assert order[5::2] == [["torch", "2"], ["ours", "8"], ["ours", "8"], ["torch", "2"], ["torch", "2"], ["ours", "8"]]
     assert result["sides"]["ours"]["seconds"] == [0.5] * 3
     assert result["sides"]["torch"]["seconds"] == [4, 6, 8]
@@ -147,7 +149,12 @@ def test_without_rounds_nothing_runs(sides, tmp_path):
 
 @pytest.mark.parametrize(
     ("what", "side", "package"),
-    [("train", "torch", "torch"), ("infer", "keras", "keras"), ("input", "tfdata", "tensorflow")],
+    [
+        ("train", "torch", "torch"),
+        ("infer", "keras", "keras"),
+        ("infer", "litert", "tensorflow"),
+        ("input", "tfdata", "tensorflow"),
+    ],
 )
 def test_peer_that_is_not_installed_is_named(tmp_path, what, side, package):
     venv.create(tmp_path, symlinks=True)

@@ -449,7 +449,7 @@ def test_what_is_kept_in_memory_stays_within_the_limit(folder, monkeypatch):
 )
 def test_impossible_values_are_refused(key, value, of, message):
     make = loader.make_eval_batches if key == "eval_batch_size" else loader.make_train_iterator
-    options = {} if key == "eval_batch_size" else {"seed": 0}
+    options: dict[str, Any] = {} if key == "eval_batch_size" else {"seed": 0}
     with pytest.raises(ValueError, match=f"^{message}"):
         make(data_config(**{key: value}), process_index=0, process_count=of, **options)
 
