@@ -92,6 +92,7 @@ def get_config() -> ml_collections.ConfigDict:
     train.recompute_stats_epochs = 0.0
     train.cache_features = False  # run every image through the network once and train the classifier on what comes out
     train.log_every_steps = 10
+    train.diagnose_every_steps = 0  # count dead depthwise filters and variances near 0 in the metrics; 0: never
     train.eval_every_epochs = 1.0
     train.save_every_epochs = 1.0
     train.keep_checkpoints = 2  # the newest N

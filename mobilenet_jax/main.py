@@ -44,11 +44,14 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--coordinator_address", help="HOST:PORT of process 0, to join by hand")
     parser.add_argument("--num_processes", type=int, help="with --coordinator_address")
     parser.add_argument("--process_id", type=int, help="with --coordinator_address")
-    return parser.parse_args([a for a in argv if not _is_override(a)]), [a for a in argv if _is_override(a)]
+    arguments, overrides = split_overrides(argv)
+    return parser.parse_args(arguments), overrides
 
 
-def _is_override(argument: str) -> bool:
-    return argument.startswith("--config.")
+def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(all other arguments, those that override a key of the config)."""
+    overrides = [argument for argument in argv if argument.startswith("--config.")]
+    return [argument for argument in argv if argument not in overrides], overrides
 
 
 def load_config(path: str, overrides: list[str]):
@@ -103,6 +106,14 @@ def _check_override(config, override: str) -> None:
         section, walked = section[part], f"{walked}.{part}"
     if hasattr(section, "keys"):
         raise UsageError(f"{walked} is a section; set one of its keys: {', '.join(sorted(section.keys()))}")
+
+
+def apply_preprocessing(config, card: dict, overrides: list[str]) -> None:
+    """Have images prepared as a card of weights says, but for what is overridden."""
+    overridden = {override.partition("=")[0] for override in overrides}
+    for key, value in card["preprocessing"].items():
+        if f"--config.data.{key}" not in overridden:
+            config.data[key] = tuple(value) if isinstance(value, list) else value
 
 
 def configure_jax(flags: argparse.Namespace) -> None:
@@ -169,12 +180,9 @@ def run_weights(flags: argparse.Namespace, config, overrides: list[str]) -> int:
     show_own_messages()
     configure_jax(flags)
     path = Path(flags.workdir or f"runs/{config.name}") / "evaluation.json"
-    overridden = {override.partition("=")[0] for override in overrides}
     try:
         weights = load_weights(flags.weights, flags.name)
-        for key, value in weights[2]["preprocessing"].items():
-            if f"--config.data.{key}" not in overridden:
-                config.data[key] = tuple(value) if isinstance(value, list) else value
+        apply_preprocessing(config, weights[2], overrides)
         result = evaluate_weights(weights, config.data)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, result)

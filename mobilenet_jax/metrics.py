@@ -183,7 +183,7 @@ def write_json_atomic(path: str | os.PathLike, obj) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Writes such that at any moment the file is the old one or the new one, on disk."""
+    """Writes UTF-8 such that at any moment the file is the old one or the new one, on disk."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

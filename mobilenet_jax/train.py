@@ -24,6 +24,7 @@ from mobilenet_jax.batch_stats import make_stats_step, measure_stats
 from mobilenet_jax.checkpoint import Checkpoints, merge_variables
 from mobilenet_jax.data.loader import make_eval_batches, make_train_iterator
 from mobilenet_jax.data.sources import DataInfo, describe, eval_split
+from mobilenet_jax.diagnose.weights import count_dead_filters
 from mobilenet_jax.evaluate import evaluate
 from mobilenet_jax.features import Features, LinearProbe, compute_features, make_feature_step
 from mobilenet_jax.metrics import (
@@ -145,6 +146,10 @@ def _check(config, mesh: Mesh) -> None:
     for key in ("log_every_steps", "keep_checkpoints", "accumulate"):
         if train[key] < 1:
             raise ValueError(f"train.{key} is {train[key]}; valid: 1 or more")
+    if train.diagnose_every_steps < 0:
+        raise ValueError(
+            f"train.diagnose_every_steps is {train.diagnose_every_steps}; valid: 1 or more, or 0 for never"
+        )
     for key in ("eval_every_epochs", "save_every_epochs"):
         if train[key] < 0:
             raise ValueError(f"train.{key} is {train[key]}; valid: above 0, or 0 for the end of the run alone")
@@ -403,6 +408,8 @@ class Run:
                 with progress.paused():
                     step_fn = self._compile(batch, key, frozen=step <= plan.freeze_steps)
             self._state, sums = step_fn(self._state, batch, key)
+            if (every := self.config.train.diagnose_every_steps) and plan.is_due(step, every):
+                sums |= self._count_dead(self._state.params, self._state.batch_stats)
             if pending:
                 self._account(*pending, progress)
                 if plan.is_due(step - 1, plan.log_every):
@@ -484,6 +491,10 @@ class Run:
         self.seconds = {"data": 0.0}
         self._waited, self._line_time = 0.0, time.perf_counter()
         return compiled
+
+    @functools.cached_property
+    def _count_dead(self):
+        return jax.jit(functools.partial(count_dead_filters, self.model.spec))
 
     def _should_stop(self, step: int, signals: StopSignals) -> bool:
         """Whether a signal came, to any process; several processes ask each other when they log."""
