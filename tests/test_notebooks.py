@@ -74,6 +74,6 @@ def test_notebooks_run(path, tmp_path, monkeypatch, weights, photographs):
     given = "\n".join(f"{name} = {value!r}" for name, value in values.items() if name in names)
     assert {"FAST", "WORKDIR"} <= names
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(given))
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
     client.execute()
     assert list((tmp_path / "run").rglob("*.json"))
