@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ def make_tiny() -> Callable[..., tuple[MobileNet, dict]]:
     """(activation, options of MobileNet) -> a network of four rows, and its variables."""
 
     def make(activation: str = "relu6", projection_activation: str = "linear", **options) -> tuple[MobileNet, dict]:
-        kinds = {"activation": activation, "projection_activation": projection_activation}
+        kinds: Any = {"activation": activation, "projection_activation": projection_activation}
         spec = Spec(
             name="tiny",
             stem=Conv(filters=8, stride=2, activation=activation),

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from mobilenet_jax.diagnose.weights import list_layers, quantise_variables
 from mobilenet_jax.models.layers import ACTIVATIONS
 from mobilenet_jax.steps import normalise_images
 
-SCALE = {"mean": (127.5, 127.5, 127.5), "std": (127.5, 127.5, 127.5)}
+SCALE: Any = {"mean": (127.5, 127.5, 127.5), "std": (127.5, 127.5, 127.5)}
 SIZE = 16
 
 
