@@ -3,6 +3,7 @@
 import os
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,7 +24,8 @@ _BLUE, _RED, _GREY, _GREEN = "#0072B2", "#D55E00", "#BBBBBB", "#009E73"
 def draw_page(report: dict, layers: Sequence[Layer], path: str | os.PathLike) -> None:
     """Draws a report of `make_report` and the filters of its `layers`: a PNG of 1920 x 1488 pixels."""
     figure = Figure(figsize=(16, 12.4), dpi=120, layout="constrained")
-    head, body = figure.subfigures(2, 1, height_ratios=(1, 3.9))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 3.9))
+    head, body = parts
     _write_findings(head, report)
     left, right = body.subfigures(1, 2, width_ratios=(1, 1.7))
     _draw_filters(left, report, [layer for layer in layers if layer.kind == "depthwise"][:_LAYERS])
