@@ -141,8 +141,8 @@ def _share(value: float) -> str:
 def draw(rows: Sequence[dict], path: Path, *, seed: int = 0) -> None:
     """The spiral and its images under one T a dimension, and the measured losses against n: a PNG."""
     figure = Figure(figsize=(13, 6.4), dpi=110, layout="constrained")
-    halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.35))
-    top, bottom = halves
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.35))
+    top, bottom = parts
     points = make_spiral()
     panels = top.subplots(1, len(rows) + 1)
     for axes, row in zip(panels, [None, *rows], strict=True):

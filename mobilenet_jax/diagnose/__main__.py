@@ -167,7 +167,7 @@ def run(flags: argparse.Namespace, overrides: list[str]) -> int:
         return 1
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
-    print(json.dumps(report) if flags.json else format_text(report))
+    print(json.dumps(report) if flags.json else format_text(report), flush=True)
     return 0
 
 
@@ -183,6 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
