@@ -149,6 +149,8 @@ def draw_variants(
         axes.axvline(estimates[base][1], color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(estimates)), [f"{name} (base)" if name == base else name for name in estimates])
     axes.set_ylim(len(estimates) - 0.4, -0.6)
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, 0), min(high, 100))  # intervals of two runs reach beyond what an accuracy can be
     axes.set_xlabel("top-1, %: mean with 95% interval; dots: single runs")
     for variant, runs in curves.items():
         color, line = styles[variant]
@@ -202,6 +204,8 @@ def draw_frontier(
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.15)  # room for the names
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0), min(high, 100))
     axes.set_xlabel("multiply-adds an image")
     axes.set_ylabel("top-1, %: mean with 95% interval; dots: single runs")
     if len(lines) > 1:

@@ -121,6 +121,13 @@ def test_variants_have_means_intervals_runs_and_curves_in_order(tmp_path, figure
     assert band[:, 1].min() == pytest.approx(60 - 10 * 2**0.5)
 
 
+def test_intervals_beyond_what_an_accuracy_can_be_do_not_set_the_axis(tmp_path, figures):
+    estimates = {"wide": ([60.0, 90.0], 75.0, 190.6)}
+    draw_variants(estimates, {"wide": [[(1, 0.6)], [(1, 0.9)]]}, "wide", tmp_path / "points.png", title="a study")
+    draw_frontier(estimates, {"wide": 10}, {"": ["wide"]}, tmp_path / "frontier.png", title="a study")
+    assert figures[0].axes[0].get_xlim() == figures[1].axes[0].get_ylim() == (0, 100)
+
+
 def test_frontier_joins_each_line_by_multiply_adds(tmp_path, figures):
     estimates = {**ESTIMATES, "small": ([80.0, 82.0], 81.0, 2.0)}
     madds = {"wide": 4000, "narrow": 1000, "small": 2000, "absent": 1}
