@@ -232,14 +232,15 @@ def format_result(title: str, result: dict) -> str:
 
 
 def describe_run(args: argparse.Namespace) -> dict:
-    """When and on what a benchmark was run, how busy that was with other work, and the flags."""
+    """When and on what a benchmark was run, how busy that was with other work, and the flags that are no places."""
     from mobilenet_jax.metrics import environment
 
+    places = {"json", "draw", "out", *(f"python_{peer}" for peer in PEERS)}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0],  # processes that ran or waited in the minute before
         "environment": environment([f"cpu: {args.threads} cores for each side"]),
-        "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "flags": {key: value for key, value in vars(args).items() if key not in places},
     }
 
 

@@ -45,7 +45,7 @@ def load_sources() -> dict[str, Image.Image]:
         from sklearn.datasets import load_sample_images
 
         bunch: dict = dict(load_sample_images())  # pyright: ignore[reportCallIssue, reportArgumentType]
-        arrays |= dict(zip(bunch["filenames"], bunch["images"], strict=True))
+        arrays |= dict(zip((Path(name).stem for name in bunch["filenames"]), bunch["images"], strict=True))
     if not arrays:
         arrays = {"synthetic": draw_noise(np.random.default_rng(0), 480, 640)}
     return {name: Image.fromarray(array) for name, array in arrays.items()}
