@@ -11,8 +11,12 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # [B, C] + [C] must say which axis it means.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-if directory := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled programs are shared by the workers, by the processes that tests start, and with the next run."""
+    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled")))  # pyright: ignore[reportOptionalMemberAccess]
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
