@@ -13,15 +13,16 @@ import jax
 import pytest
 from PIL import Image
 
-from configs import base, transfer
+from configs import base, fashion_mnist, transfer
 from configs.datasets import DATASETS
 from mobilenet_jax import train
-from mobilenet_jax.data.sources import open_source
+from mobilenet_jax.data.sources import DataInfo, open_source
 from mobilenet_jax.main import load_config
+from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.sharding import make_mesh
-from mobilenet_jax.train import Run, flatten_config, train_and_evaluate
+from mobilenet_jax.train import Run, build_model, flatten_config, make_plan, train_and_evaluate
 from mobilenet_jax.weights.card import IMAGENET, make_card
 from mobilenet_jax.weights.save import save_weights
 
@@ -151,6 +152,20 @@ def test_uc_merced_has_21_classes_and_holds_out_its_test_images():
     config = get_config("v2", "uc_merced")
     assert config.data.source == "tfds:uc_merced"
     assert config.data.holdout == 0.3  # of 2,100 images without a test split
+
+
+def test_the_result_on_fashion_mnist_is_had_with_fewer_parameters_than_densenets_and_one_look_at_the_test_set():
+    config = fashion_mnist.get_config()
+    assert config.is_locked
+    assert flatten_config(config).keys() == flatten_config(base.get_config()).keys()
+    names = tuple(map(str, range(10)))
+    model = build_model(config, DataInfo(10, names, train_count=60_000, eval_count=10_000))
+    cost = compute_cost(model.spec, config.data.image_size)
+    assert (cost.params, cost.madds) == (595_562, 15_713_488)
+    assert cost.params < 768_000
+    assert config.data.holdout == 0.0  # on all of the training images
+    plan = make_plan(config, 60_000)
+    assert plan.eval_every == plan.total_steps  # nothing is chosen on the test images
 
 
 def test_a_set_that_is_not_prepared_is_one_sentence_with_the_command(tmp_path):
