@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mobilenet_jax.main import UsageError, load_config
+from mobilenet_jax.main import UsageError, load_config, split_overrides
 from mobilenet_jax.malloc import restart_tuned
 from mobilenet_jax.models.cost import Cost
 from mobilenet_jax.models.spec import check_choice
@@ -49,8 +49,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--only", metavar="VARIANT", help="run this variant alone")
     parser.add_argument("--dry_run", action="store_true", help="print what would run, and stop")
     add_cache_flag(parser)
-    overrides = [a for a in argv if a.startswith("--config.")]
-    flags = parser.parse_args([a for a in argv if a not in overrides])
+    arguments, overrides = split_overrides(argv)
+    flags = parser.parse_args(arguments)
     if flags.seeds < 1:
         parser.error(f"--seeds is {flags.seeds}; valid: 1 or more")
     return flags, overrides
