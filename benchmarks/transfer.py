@@ -21,10 +21,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from mobilenet_jax.config import load_config
 from mobilenet_jax.data.loader import make_eval_batches
 from mobilenet_jax.data.sources import describe
 from mobilenet_jax.figures import draw_confusion
-from mobilenet_jax.main import load_config
 from mobilenet_jax.metrics import read_metrics
 from mobilenet_jax.steps import normalise_images
 from mobilenet_jax.train import follow_card, train_and_evaluate

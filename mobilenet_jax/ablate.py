@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mobilenet_jax.main import UsageError, load_config, split_overrides
+from mobilenet_jax.config import UsageError, flatten_config, load_config, split_overrides
 from mobilenet_jax.malloc import restart_tuned
 from mobilenet_jax.models.cost import Cost
 from mobilenet_jax.models.spec import check_choice
@@ -24,7 +24,6 @@ from mobilenet_jax.study import (
     Study,
     check_record,
     find_runs,
-    flatten,
     lock,
     read_record,
     read_study,
@@ -158,7 +157,7 @@ def run_one(study: Study, key: RunKey, workdir: Path, num_classes: int) -> str |
         "num_classes": num_classes,
         "status": "started",
         "seconds": before["seconds"] if before else 0.0,
-        "config": flatten(config),
+        "config": flatten_config(config),
     }
     write_record(folder, record)
     start, stopped = time.perf_counter(), None

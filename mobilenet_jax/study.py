@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mobilenet_jax.config import flatten_config
 from mobilenet_jax.models.cost import Cost, compute_cost
 from mobilenet_jax.models.spec import Spec, check_choice
 from mobilenet_jax.models.zoo import make_spec
@@ -76,7 +77,7 @@ class Study:
         """{label of a frontier's line: its variants}, by their values of the key `series`."""
         groups: dict[str, list[str]] = {}
         for variant in self.variants:
-            flat = flatten(self.make_config(RunKey(0, variant)))
+            flat = flatten_config(self.make_config(RunKey(0, variant)))
             groups.setdefault(f"{self.series} {flat[self.series]}" if self.series else "", []).append(variant)
         return groups
 
@@ -105,19 +106,6 @@ def read_study(path: str, config) -> Study:
     for name in study.variants:
         study.make_config(RunKey(0, name))
     return study
-
-
-def flatten(config) -> dict[str, Any]:
-    """{"optim.name": "sgd", ...} as JSON gives it back."""
-
-    def walk(section: dict, prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in section.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", value
-
-    return json.loads(json.dumps(dict(walk(config.to_dict(), ""))))
 
 
 def hash_config(flat: Mapping[str, Any]) -> str:
@@ -160,7 +148,7 @@ def check_record(study: Study, key: RunKey, workdir: Path) -> None:
     record = read_record(key.folder(workdir))
     if record is None:
         return
-    old, new = record["config"], flatten(study.make_config(key))
+    old, new = record["config"], flatten_config(study.make_config(key))
     changed = sorted(k for k in old.keys() | new.keys() if k not in _FREE_KEYS and old.get(k) != new.get(k))
     if changed:
         differences = "; ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in changed)

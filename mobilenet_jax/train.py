@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mobilenet_jax import figures
 from mobilenet_jax.batch_stats import make_stats_step, measure_stats
 from mobilenet_jax.checkpoint import Checkpoints, merge_variables
+from mobilenet_jax.config import flatten_config
 from mobilenet_jax.data.loader import make_eval_batches, make_train_iterator
 from mobilenet_jax.data.sources import DataInfo, describe, eval_split
 from mobilenet_jax.diagnose.weights import count_dead_filters
@@ -57,12 +57,6 @@ from mobilenet_jax.weights.load import load_weights
 
 class NonFiniteError(RuntimeError):
     """Training stopped because the loss, its gradient or the state is not finite any more."""
-
-
-def flatten_config(config) -> dict:
-    """{"optim.name": "sgd", ...} as JSON would give it back."""
-    flat = traverse_util.flatten_dict(config.to_dict(), sep=".", keep_empty_nodes=False)
-    return json.loads(json.dumps(flat))
 
 
 # Keys of a config that may be none, and where the card of the weights that the run starts from has their values.

@@ -10,11 +10,12 @@ import pytest
 
 from configs.datasets import DATASETS
 from mobilenet_jax import ablate
+from mobilenet_jax.config import flatten_config
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import InvertedResidual
-from mobilenet_jax.study import RunKey, Study, flatten
+from mobilenet_jax.study import RunKey, Study
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = sorted(path.stem for path in (ROOT / "configs" / "ablations").glob("*.py"))
@@ -64,9 +65,9 @@ def test_the_studies():
 def test_variants_differ_from_the_base_in_exactly_what_they_declare(name):
     for dataset in DATASETS:
         study = make_study(name, dataset)
-        base = flatten(study.config)
+        base = flatten_config(study.config)
         for variant, declared in study.variants.items():
-            config = flatten(study.make_config(RunKey(0, variant)))
+            config = flatten_config(study.make_config(RunKey(0, variant)))
             changed = {key: value for key, value in config.items() if value != base[key]}
             assert changed.pop("name") == f"{name}_{variant}"
             assert changed == declared, (dataset, variant)

@@ -20,9 +20,9 @@ from mobilenet_jax.checkpoint import (
     merge_variables,
     read_checkpoint,
 )
+from mobilenet_jax.config import flatten_config
 from mobilenet_jax.data.loader import TrainIterator, make_train_iterator
 from mobilenet_jax.steps import TrainState, create_state
-from mobilenet_jax.train import flatten_config
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 

@@ -22,7 +22,8 @@ from mobilenet_jax.comparison import (
     summarise,
     write_report,
 )
-from mobilenet_jax.study import RunKey, Study, flatten, hash_config, write_record
+from mobilenet_jax.config import flatten_config
+from mobilenet_jax.study import RunKey, Study, hash_config, write_record
 
 TOP1 = {"narrow": (0.90, 0.92, 0.91), "shallow": (0.88, 0.905, 0.89), "full": (0.93,)}
 
@@ -37,7 +38,7 @@ def add_run(study: Study, workdir: Path, key: RunKey, top1: float | None, *, sec
     """The files of a run that ended with `top1`, or failed (None)."""
     folder = key.folder(workdir)
     status = "failed" if top1 is None else "finished"
-    config = flatten(study.make_config(key))
+    config = flatten_config(study.make_config(key))
     write_record(folder, {"config": config, "status": status, "seconds": seconds, "num_classes": 10})
     (folder / "environment.json").write_text('{"commit": "abc"}')
     lines = [] if top1 is None else [{"step": i, "epoch": i, "eval_ema/top1": top1 * i / 2} for i in (1, 2)]
@@ -103,7 +104,7 @@ def test_rows_have_what_the_runs_say(study, workdir):
         "epochs": 2.0,
         "seconds": 12.3,
         "images_per_second": 200.1,
-        "config": hash_config(flatten(study.make_config(RunKey(5, "shallow")))),
+        "config": hash_config(flatten_config(study.make_config(RunKey(5, "shallow")))),
         "commit": "abc",
     }
 
@@ -137,7 +138,7 @@ def test_table(study, workdir):
 
 def test_runs_that_are_not_at_an_end_are_left_out(study, tmp_path):
     key = RunKey(0, "narrow")
-    record = {"config": flatten(study.make_config(key)), "status": "started", "seconds": 0, "num_classes": 10}
+    record = {"config": flatten_config(study.make_config(key)), "status": "started", "seconds": 0, "num_classes": 10}
     write_record(key.folder(tmp_path), record)
     assert read_rows(study, tmp_path) == []
     assert write_report(study, tmp_path) is None

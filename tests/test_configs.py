@@ -16,13 +16,13 @@ from PIL import Image
 from configs import base, fashion_mnist, transfer
 from configs.datasets import DATASETS
 from mobilenet_jax import train
+from mobilenet_jax.config import flatten_config, load_config
 from mobilenet_jax.data.sources import DataInfo, open_source
-from mobilenet_jax.main import load_config
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.sharding import make_mesh
-from mobilenet_jax.train import Run, build_model, flatten_config, make_plan, train_and_evaluate
+from mobilenet_jax.train import Run, build_model, make_plan, train_and_evaluate
 from mobilenet_jax.weights.card import IMAGENET, make_card
 from mobilenet_jax.weights.save import save_weights
 

@@ -21,6 +21,7 @@ from benchmarks import kill_resume
 from configs import base
 from mobilenet_jax import train
 from mobilenet_jax.checkpoint import read_checkpoint
+from mobilenet_jax.config import flatten_config
 from mobilenet_jax.data.decode import UnreadableImageError
 from mobilenet_jax.data.loader import make_train_iterator
 from mobilenet_jax.metrics import read_metrics
@@ -130,7 +131,7 @@ def test_event_files_hold_the_same_numbers(finished):
 def test_files_of_a_finished_run(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config == {
-        **train.flatten_config(make_config()),
+        **flatten_config(make_config()),
         "model.num_classes": 10,
         "data.train_images": 1437,
         "processes": 1,

@@ -11,6 +11,7 @@ from PIL import Image
 
 from benchmarks import transfer
 from mobilenet_jax import train
+from mobilenet_jax.config import flatten_config
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.sharding import make_mesh
@@ -88,7 +89,7 @@ def test_from_scratch_nothing_is_frozen_and_all_else_is_as_in_finetuning(argumen
     card["preprocessing"] = {"crop_share": 0.9, "interpolation": "bicubic", "mean": [1.0] * 3, "std": [2.0] * 3}
     card["preprocessing"]["squash"] = False
     made = [transfer.make_config(way, seed=1, flags=Flags, card=card) for way in ("finetune", "scratch")]  # pyright: ignore[reportArgumentType]
-    finetune, scratch = map(train.flatten_config, made)
+    finetune, scratch = map(flatten_config, made)
     different = {key for key in finetune if finetune[key] != scratch[key]}
     assert different == {"name", "init", "optim.freeze", "optim.freeze_epochs", "optim.layer_decay"}
     assert (scratch["init"], scratch["optim.freeze"], scratch["optim.layer_decay"]) == ("", [], 1.0)

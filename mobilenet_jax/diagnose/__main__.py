@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mobilenet_jax.main import UsageError, apply_preprocessing, load_config, split_overrides
+from mobilenet_jax.config import UsageError, apply_preprocessing, load_config, split_overrides
 from mobilenet_jax.runtime import add_cache_flag, configure_memory, show_own_messages
 
 if TYPE_CHECKING:
