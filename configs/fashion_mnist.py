@@ -2,8 +2,8 @@
 
     python -m mobilenet_jax.main --config configs/fashion_mnist.py --config.data.data_dir=DIR
 
-About 70 minutes on a core to itself, by its step's time; not run to the end yet, and its values not compared on a
-held-out part: they are judgement.
+One choice was made on a held-out sixth of the training images, after four epochs: a stem without a stride has 90.65%
+of them right, one with the paper's stride, and no stride in row 1 instead, 89.03%. The other values are judgement.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def get_config():
     model.width = 0.9
     model.expansion = 2.0  # the paper's 6 costs three times the activations, which is what a CPU's step waits for
     model.head_width = 320  # the paper's 1280 serve 1000 classes; 595,562 parameters in all
-    model.stride_one = (1, 3)  # maps of 14, 7 and 4 px instead of 14, 7, 4, 2 and 1
+    model.stride_one = (0, 3)  # maps of 28, 14, 7 and 4 px instead of 14, 7, 4, 2 and 1
     model.activation = "hard_swish"  # 1905.02244 sec. 5.2
     model.bn_decay = 0.9
     model.dropout = 0.2  # of configs/v2.py
