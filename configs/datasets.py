@@ -28,20 +28,21 @@ def _short_training(config, *, epochs: float) -> None:
     config.ema.decay = 0.99
 
 
-def shorten(config, dataset: str, *, width: float = 0.35) -> None:
-    """What a study changes of a recipe on the sets that two cores can train on; on the others it stays.
+def shorten(config, dataset: str, *, width: float = 0.35):
+    """A recipe as studies have it on the sets that two cores can train on, in place; on the others it stays.
 
     Its runs are many, so they are narrow and short. The classes are said, so that a plan needs no data.
     """
     epochs = {"fashion_mnist": 5.0, "digits": 10.0}
     if dataset not in epochs:
-        return
+        return config
     config.model.width = width
     config.model.num_classes = 10
     config.train.epochs = epochs[dataset]
     config.optim.warmup_epochs = epochs[dataset] / 10
     config.train.keep_checkpoints = 1
     config.data.batch_size = {"fashion_mnist": 128, "digits": 64}[dataset]
+    return config
 
 
 def _digits(config) -> None:

@@ -125,22 +125,32 @@ def _predict(
     run, weights: tuple, files: list[Path], *, transform: "EvalTransform", batch_size: int
 ) -> Iterator[Prediction]:
     import jax
-    import numpy as np
 
     _, variables, card = weights
     variables, running = jax.device_put(variables), None
+    # A batch is read while the device computes the one before.
+    for paths, errors, images in read_batches(files, transform, batch_size=batch_size):
+        following = paths, errors, run(variables, images)
+        if running:
+            yield from _name(*running, card["class_names"])
+        running = following
+    if running:
+        yield from _name(*running, card["class_names"])
+
+
+def read_batches(
+    files: list[Path], transform: "EvalTransform", *, batch_size: int
+) -> Iterator[tuple[list[Path], list[str | None], "np.ndarray"]]:
+    """(files, why each cannot be read or None, images uint8 [batch_size, S, S, 3]): black where there is no image."""
+    import numpy as np
+
+    size = transform.image_size
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(files), batch_size):
             paths = files[start : start + batch_size]
-            batch = np.zeros((batch_size, transform.image_size, transform.image_size, 3), np.uint8)
-            # These are read while the device computes those before.
-            errors = list(pool.map(functools.partial(_read, transform=transform), paths, batch))
-            following = paths, errors, run(variables, batch)
-            if running:
-                yield from _name(*running, card["class_names"])
-            running = following
-        if running:
-            yield from _name(*running, card["class_names"])
+            images = np.zeros((batch_size, size, size, 3), np.uint8)
+            errors = list(pool.map(functools.partial(_read, transform=transform), paths, images))
+            yield paths, errors, images
 
 
 def _read(path: Path, row: "np.ndarray", *, transform: "EvalTransform") -> str | None:

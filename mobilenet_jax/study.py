@@ -6,7 +6,7 @@ import hashlib
 import json
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from mobilenet_jax.models.zoo import make_spec
 FIGURES = ("points", "frontier")
 STATUSES = ("started", "finished", "failed")
 RECORD_FILE = "run.json"
-_SWEEP_KEYS = {"baseline", "variants", "published", "source", "figure", "series"}
+_NEEDED = ("baseline", "variants", "source")  # of a sweep
+_OPTIONAL = ("published", "figure", "series")
 # Keys that change nothing of what a run computes, and may change between its parts.
 _FREE_KEYS = ("name", "data.data_dir", "data.workers", "train.keep_checkpoints")
 # Of the model section, what is no part of the architecture.
@@ -45,8 +46,8 @@ class Study:
     config: Any  # of `get_config`, a locked ConfigDict
     baseline: str
     variants: Mapping[str, Mapping[str, Any]]  # name -> {"model.shortcut": "none", ...}
-    published: Mapping[str, float]  # variant -> the paper's top-1, %
-    source: str  # of the published figures
+    source: str  # of the paper's answer
+    published: Mapping[str, float] = field(default_factory=dict)  # variant -> the paper's top-1, %
     figure: str = "points"  # points | frontier: accuracy against multiply-adds
     series: str = ""  # of a frontier: the key whose values tell its lines apart; empty: one line
 
@@ -96,8 +97,9 @@ def read_study(path: str, config) -> Study:
     if sweep is None:
         raise ValueError(f"{file} has no sweep(): it is the config of a run, not of a study")
     given = sweep()
-    if not isinstance(given, dict) or given.keys() != _SWEEP_KEYS:
-        raise ValueError(f"sweep() of {file} must return a dict of exactly {', '.join(sorted(_SWEEP_KEYS))}")
+    if not isinstance(given, dict) or not {*_NEEDED} <= given.keys() <= {*_NEEDED, *_OPTIONAL}:
+        needed, optional = ", ".join(_NEEDED), ", ".join(_OPTIONAL)
+        raise ValueError(f"sweep() of {file} must return a dict of {needed}, and, if need be, {optional}")
     study = Study(name=Path(file).stem, config=config, **given)
     check_choice(f"baseline of {file}", study.baseline, tuple(study.variants))
     check_choice(f"figure of {file}", study.figure, FIGURES)

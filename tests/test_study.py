@@ -70,14 +70,18 @@ def test_lines_of_a_frontier_share_a_value(study):
     }
 
 
-SWEEP = {"baseline": "a", "variants": {"a": {}}, "published": {}, "source": "", "figure": "points", "series": ""}
+SWEEP = {"baseline": "a", "variants": {"a": {}}, "source": ""}
 
 
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
         (None, "has no sweep(): it is the config of a run"),
-        ({"variants": {}}, "must return a dict of exactly baseline, figure, published, series, source, variants"),
+        (
+            {"variants": {}},
+            "must return a dict of baseline, variants, source, and, if need be, published, figure, series",
+        ),
+        ({**SWEEP, "serious": ""}, "must return a dict of baseline, variants, source, and"),
         ({**SWEEP, "baseline": "b"}, "is 'b'; valid: a"),
         ({**SWEEP, "figure": "pie"}, "is 'pie'; valid: points, frontier"),
         ({**SWEEP, "published": {"c": 70.6}}, "is 'c'; valid: a"),

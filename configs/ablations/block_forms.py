@@ -14,15 +14,11 @@ so that the separable form has half a percent less and the regular form ten perc
 Found here: not run at length.
 """
 
-from typing import Any
-
 from configs import datasets, v2
 
 
 def get_config(dataset: str = "fashion_mnist"):
-    config: Any = v2.get_config(dataset)
-    datasets.shorten(config, dataset)
-    return config
+    return datasets.shorten(v2.get_config(dataset), dataset)
 
 
 def sweep() -> dict:
@@ -34,8 +30,5 @@ def sweep() -> dict:
             "linear_bottleneck": {"model.block_form": "linear_bottleneck"},
             "inverted_residual": {},
         },
-        "published": {},
         "source": "1801.04381 Fig. 2: the forms; no figures",
-        "figure": "points",
-        "series": "",
     }

@@ -10,15 +10,11 @@ Paper: 1704.04861 Table 4: full convolutions 71.7% with 4,866 M multiply-adds an
 Found here: not run at length.
 """
 
-from typing import Any
-
 from configs import datasets, v1
 
 
 def get_config(dataset: str = "fashion_mnist"):
-    config: Any = v1.get_config(dataset)
-    datasets.shorten(config, dataset, width=0.25)
-    return config
+    return datasets.shorten(v1.get_config(dataset), dataset, width=0.25)
 
 
 def sweep() -> dict:
@@ -30,6 +26,4 @@ def sweep() -> dict:
         },
         "published": {"separable": 70.6, "standard": 71.7},
         "source": "1704.04861 Table 4, V1 on ImageNet",
-        "figure": "points",
-        "series": "",
     }

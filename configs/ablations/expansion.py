@@ -11,15 +11,11 @@ ones better in small networks, the higher ones in large networks.
 Found here: not run at length.
 """
 
-from typing import Any
-
 from configs import datasets, v2
 
 
 def get_config(dataset: str = "fashion_mnist"):
-    config: Any = v2.get_config(dataset)
-    datasets.shorten(config, dataset)
-    return config
+    return datasets.shorten(v2.get_config(dataset), dataset)
 
 
 def sweep() -> dict:
@@ -32,8 +28,5 @@ def sweep() -> dict:
             "t_6": {},
             "t_8": {"model.expansion": 8.0},
         },
-        "published": {},
         "source": "1801.04381 sec. 4: factors between 5 and 10 nearly the same; no table",
-        "figure": "points",
-        "series": "",
     }

@@ -10,15 +10,11 @@ not in the paper: there the sums of the residuals pass through ReLU6 too, so tha
 Found here: not run at length.
 """
 
-from typing import Any
-
 from configs import datasets, v2
 
 
 def get_config(dataset: str = "fashion_mnist"):
-    config: Any = v2.get_config(dataset)
-    datasets.shorten(config, dataset)
-    return config
+    return datasets.shorten(v2.get_config(dataset), dataset)
 
 
 def sweep() -> dict:
@@ -29,8 +25,5 @@ def sweep() -> dict:
             "relu6_in_bottleneck": {"model.projection_activation": "relu6"},
             "relu6_everywhere": {"model.projection_activation": "relu6", "model.sum_activation": "relu6"},
         },
-        "published": {},
         "source": "1801.04381 Fig. 6a, V2 on ImageNet: curves alone, linear above ReLU6 in the bottleneck",
-        "figure": "points",
-        "series": "",
     }

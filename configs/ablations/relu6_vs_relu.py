@@ -9,15 +9,11 @@ Paper: 1801.04381 sec. 4 takes ReLU6 for its robustness in arithmetic of low pre
 Found here: not run at length.
 """
 
-from typing import Any
-
 from configs import datasets, v2
 
 
 def get_config(dataset: str = "fashion_mnist"):
-    config: Any = v2.get_config(dataset)
-    datasets.shorten(config, dataset)
-    return config
+    return datasets.shorten(v2.get_config(dataset), dataset)
 
 
 def sweep() -> dict:
@@ -27,8 +23,5 @@ def sweep() -> dict:
             "relu6": {},
             "relu": {"model.activation": "relu"},
         },
-        "published": {},
         "source": "1801.04381 sec. 4: robustness in low precision; no figures",
-        "figure": "points",
-        "series": "",
     }

@@ -10,15 +10,11 @@ Paper: 1704.04861 Table 5: width .75 68.4% (325 M multiply-adds, 2.6 M parameter
 Found here: not run at length.
 """
 
-from typing import Any
-
 from configs import datasets, v1
 
 
 def get_config(dataset: str = "fashion_mnist"):
-    config: Any = v1.get_config(dataset)
-    datasets.shorten(config, dataset, width=1.0)
-    return config
+    return datasets.shorten(v1.get_config(dataset), dataset, width=1.0)
 
 
 def sweep() -> dict:
@@ -31,6 +27,4 @@ def sweep() -> dict:
         },
         "published": {"narrow": 68.4, "shallow": 65.3, "full": 70.6},
         "source": "1704.04861 Tables 5 and 6, V1 on ImageNet",
-        "figure": "points",
-        "series": "",
     }

@@ -9,15 +9,11 @@ Paper: 1801.04381 Fig. 6b shows curves alone: between bottlenecks above between 
 Found here: not run at length.
 """
 
-from typing import Any
-
 from configs import datasets, v2
 
 
 def get_config(dataset: str = "fashion_mnist"):
-    config: Any = v2.get_config(dataset)
-    datasets.shorten(config, dataset)
-    return config
+    return datasets.shorten(v2.get_config(dataset), dataset)
 
 
 def sweep() -> dict:
@@ -28,8 +24,5 @@ def sweep() -> dict:
             "expansion": {"model.shortcut": "expansion"},
             "none": {"model.shortcut": "none"},
         },
-        "published": {},
         "source": "1801.04381 Fig. 6b, V2 on ImageNet: curves alone, bottlenecks above expansions above none",
-        "figure": "points",
-        "series": "",
     }

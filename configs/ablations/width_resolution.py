@@ -12,17 +12,13 @@ jump at .25. The images here are of 28 px, enlarged to 32; the other sizes are s
 Found here: not run at length.
 """
 
-from typing import Any
-
 from configs import datasets, v1
 
 SIZES = (32, 28, 24, 16)  # pixels, for 224, 192, 160 and 128
 
 
 def get_config(dataset: str = "fashion_mnist"):
-    config: Any = v1.get_config(dataset)
-    datasets.shorten(config, dataset, width=1.0)
-    return config
+    return datasets.shorten(v1.get_config(dataset), dataset, width=1.0)
 
 
 def sweep() -> dict:

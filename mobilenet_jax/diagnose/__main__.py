@@ -13,11 +13,11 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mobilenet_jax.config import UsageError, apply_preprocessing, load_config, split_overrides
+from mobilenet_jax.malloc import restart_tuned
 from mobilenet_jax.runtime import add_cache_flag, configure_memory, show_own_messages
 
 if TYPE_CHECKING:
@@ -60,21 +60,18 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return flags, overrides
 
 
-def read_batches(files: list[Path], transform: "EvalTransform", *, batch_size: int) -> Iterator["Batch"]:
+def read_files(files: list[Path], transform: "EvalTransform", *, batch_size: int) -> Iterator["Batch"]:
     """Image files as batches {"images" uint8 [B, S, S, 3], "mask" [B]} of one shape; raises UnreadableImageError."""
     import numpy as np
 
-    from mobilenet_jax.data.decode import decode_image
-
-    def read(file: Path):
-        return transform(decode_image(file, name=str(file)))
+    from mobilenet_jax.data.decode import UnreadableImageError
+    from mobilenet_jax.predict import read_batches
 
     batch_size = min(batch_size, len(files))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(files), batch_size):
-            images = list(pool.map(read, files[start : start + batch_size]))
-            missing = [np.zeros_like(images[0])] * (batch_size - len(images))
-            yield {"images": np.stack(images + missing), "mask": np.arange(batch_size) < len(images)}
+    for _, errors, images in read_batches(files, transform, batch_size=batch_size):
+        for error in filter(None, errors):
+            raise UnreadableImageError(error)
+        yield {"images": images, "mask": np.arange(batch_size) < len(errors)}
 
 
 class Images(NamedTuple):
@@ -108,7 +105,7 @@ def open_images(flags: argparse.Namespace, overrides: list[str], card: dict) -> 
     given = read_preprocessing(card, source=f"the weights {card['name']}")
     transform = EvalTransform(given.image_size, given.crop_share, given.interpolation, given.squash)
     files = list_images(flags.data)
-    batches = read_batches(files, transform, batch_size=flags.batch_size)
+    batches = read_files(files, transform, batch_size=flags.batch_size)
     return Images(batches, len(files), ", ".join(flags.data), given.image_size, given.mean, given.std)
 
 
@@ -192,4 +189,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_tuned()
     sys.exit(main())
