@@ -5,9 +5,7 @@ import json
 import logging
 import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -84,34 +82,7 @@ def refuse(capsys, *argv: str) -> str:
     return captured.err
 
 
-def start(*argv: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-X", "importtime", "-m", "mobilenet_jax.ablate", *argv]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 # Before anything runs.
-
-
-@pytest.mark.parametrize(
-    ("argv", "code", "said"),
-    [
-        (["--help"], 0, "--dry_run"),
-        ([SHORTCUT, "--config.model.widht=1"], 2, "--config.model has no key 'widht', did you mean width?"),
-        ([SHORTCUT, "--only=some"], 2, "--only is 'some'; valid: bottleneck, expansion, none"),
-    ],
-)
-def test_trap_35_what_needs_no_jax_is_fast_and_said_in_one_sentence(argv, code, said):
-    seconds = []
-    for _ in range(3):  # the fastest counts: the machine may be busy
-        begin = time.perf_counter()
-        done = start(*argv)
-        seconds.append(time.perf_counter() - begin)
-        assert done.returncode == code
-    printed = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert said in done.stdout + "\n".join(printed)
-    assert len(printed) == code // 2  # of a refusal, one line
-    assert min(seconds) < 1
-    assert not re.search(r"\| +(jax|flax|grain|orbax|matplotlib|tensorflow\w*)\b", done.stderr)
 
 
 @pytest.mark.parametrize(

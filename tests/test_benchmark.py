@@ -1,9 +1,7 @@
 """The command as a whole; its parts are tested in tests/benchmark."""
 
 import json
-import subprocess
 import sys
-import time
 import venv
 from types import SimpleNamespace
 
@@ -183,15 +181,3 @@ def test_draw_reads_what_json_wrote(capsys, tmp_path):
     done = run(capsys, f"--draw={file}", f"--out={tmp_path / 'docs'}")
     assert (done.code, done.out.splitlines()[-1]) == (0, str(tmp_path / "docs" / "ratios.png"))
     assert (tmp_path / "docs" / "ratios.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_help_starts_fast_without_jax():
-    start = time.perf_counter()
-    command = [sys.executable, "-X", "importtime", "-m", "mobilenet_jax.benchmark", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - start
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "mobilenet_jax.benchmark.turns" in imported
-    assert not imported & {"jax", "jaxlib", "flax", "numpy", "matplotlib", "PIL"}
-    assert "--python_torch" in done.stdout
-    assert seconds < 1

@@ -1,5 +1,3 @@
-import pytest
-
 from mobilenet_jax import load_weights
 from mobilenet_jax.convert import FORMATS, main
 from mobilenet_jax.weights import save
@@ -37,10 +35,3 @@ def test_refusals_are_one_sentence(reference, tmp_path, capsys):
 
 def test_the_formats_of_the_command_are_those_there_are():
     assert FORMATS == save.FORMATS  # the command knows them without importing JAX
-
-
-def test_help_is_soon(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    assert "--format {safetensors,torchvision,timm}" in capsys.readouterr().out

