@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mobilenet_jax.config import UsageError, flatten_config, load_config, split_overrides
+from mobilenet_jax.config import flatten_config, load_config, split_overrides
 from mobilenet_jax.malloc import restart_tuned
 from mobilenet_jax.models.cost import Cost
 from mobilenet_jax.models.spec import check_choice
-from mobilenet_jax.runtime import add_cache_flag, configure_memory, show_own_messages
+from mobilenet_jax.runtime import UsageError, add_cache_flag, configure_memory, get_exit_code, show_own_messages
 from mobilenet_jax.study import (
     RunKey,
     Study,
@@ -248,14 +248,7 @@ def conclude(study: Study, workdir: Path, runs: Sequence[RunKey]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line; return the exit code: 0, 1 if a run failed, 2 for a command that cannot be obeyed."""
     flags, overrides = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        return run(flags, overrides)
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+    return get_exit_code(lambda: run(flags, overrides), interrupted="interrupted; the same command continues")
 
 
 if __name__ == "__main__":

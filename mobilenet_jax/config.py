@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
-class UsageError(ValueError):
-    """A command line that cannot be obeyed, in one sentence."""
+from mobilenet_jax.runtime import UsageError
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from mobilenet_jax.config import UsageError, apply_preprocessing, load_config, split_overrides
+from mobilenet_jax.config import apply_preprocessing, load_config, split_overrides
 from mobilenet_jax.malloc import restart_tuned
-from mobilenet_jax.runtime import add_cache_flag, configure_memory, show_own_messages
+from mobilenet_jax.runtime import UsageError, add_cache_flag, configure_memory, get_exit_code, show_own_messages
 
 _START = time.perf_counter()
 
@@ -127,15 +127,12 @@ def run_weights(flags: argparse.Namespace, config, overrides: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line; return the exit code: 0, 1 for a run that failed, 2 for a command that cannot be obeyed."""
     flags, overrides = parse(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def obey() -> int:
         config = load_config(flags.config, overrides)
         return run_weights(flags, config, overrides) if flags.weights else run(flags, config)
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
+
+    return get_exit_code(obey, interrupted="interrupted; the same command continues from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mobilenet_jax.malloc import restart_tuned
-from mobilenet_jax.runtime import add_cache_flag, configure_memory, show_own_messages
+from mobilenet_jax.runtime import UsageError, add_cache_flag, configure_memory, get_exit_code, show_own_messages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -251,13 +251,13 @@ def run(flags: argparse.Namespace) -> int:
     """Predict; return the exit code."""
     from mobilenet_jax.weights.load import load_weights
 
+    configure_memory(flags.compilation_cache)
     try:
         files = list_images(flags.images)
         weights = load_weights(flags.weights, flags.name, offline=flags.offline)
         predictions = predict(weights, files, top=flags.top, batch_size=flags.batch_size)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        raise UsageError(str(error)) from error
     return int(_show(predictions, len(files), flags) > 0)
 
 
@@ -269,15 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files are any bytes
-    try:
-        configure_memory(flags.compilation_cache)
-        return run(flags)
-    except BrokenPipeError:  # as of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return get_exit_code(lambda: run(flags))
 
 
 if __name__ == "__main__":

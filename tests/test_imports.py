@@ -29,7 +29,7 @@ ALLOWED = {
         "weights.card",
         "weights.load",
     },
-    "config": set(),
+    "config": {"runtime"},
     "runtime": {"malloc"},
     "ablate": {
         "comparison",

@@ -9,16 +9,15 @@
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mobilenet_jax.config import UsageError, apply_preprocessing, load_config, split_overrides
+from mobilenet_jax.config import apply_preprocessing, load_config, split_overrides
 from mobilenet_jax.malloc import restart_tuned
-from mobilenet_jax.runtime import add_cache_flag, configure_memory, show_own_messages
+from mobilenet_jax.runtime import UsageError, add_cache_flag, configure_memory, get_exit_code, show_own_messages
 
 if TYPE_CHECKING:
     from mobilenet_jax.data.loader import Batch
@@ -151,6 +150,7 @@ def run(flags: argparse.Namespace, overrides: list[str]) -> int:
     from mobilenet_jax.diagnose.weights import list_layers
     from mobilenet_jax.metrics import write_json_atomic
 
+    configure_memory(flags.compilation_cache)
     try:
         report, (model, variables, _) = diagnose(flags, overrides)
         if flags.out:
@@ -174,18 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     show_own_messages()
     # Pillow's, of metadata that nothing here reads.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    try:
-        configure_memory(flags.compilation_cache)
-        return run(flags, overrides)
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # as of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return get_exit_code(lambda: run(flags, overrides))
 
 
 if __name__ == "__main__":
