@@ -1,4 +1,6 @@
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,7 +9,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from configs import base
+from configs import base, fashion_mnist
+from mobilenet_jax import evaluate as evaluate_module
 from mobilenet_jax.data.loader import make_eval_batches
 from mobilenet_jax.data.sources import describe, open_source
 from mobilenet_jax.evaluate import evaluate, evaluate_weights, match_classes
@@ -15,7 +18,9 @@ from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.sharding import make_mesh, replicate, shard_eval_step
 from mobilenet_jax.steps import eval_step
 from mobilenet_jax.train import build_model
+from mobilenet_jax.weights.load import load_weights
 
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}  # the pixels as they are
 
 
@@ -236,3 +241,15 @@ def test_trap_22_a_constant_network_is_right_on_its_class_alone():
     assert metrics["loss"] == pytest.approx(want, rel=1e-6)
     assert confusion is not None
     np.testing.assert_array_equal(confusion[:, 0], np.bincount(labels))
+
+
+def test_the_weights_in_the_repository_have_the_accuracy_that_is_reported(reference, monkeypatch):
+    """To the last image; where another processor's rounding turns one, it is right to see it here first."""
+    monkeypatch.setattr(evaluate_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    data = fashion_mnist.get_config().data
+    data.data_dir = str(reference / "data" / "tfds")
+    weights = load_weights(RESULTS / "fashion_mnist.safetensors")
+    result, reported = evaluate_weights(weights, data), json.loads((RESULTS / "fashion_mnist.json").read_text())
+    assert result["count"] == reported["count"] == 10_000
+    assert result["top1"] == reported["top1"] == weights[2]["metrics"]["eval_ema/top1"]
+    assert result["loss"] == pytest.approx(reported["loss"], rel=1e-5)
