@@ -137,11 +137,12 @@ def _find_lost_pixels(report: dict) -> str:
     if not layers:
         return ""
     lost = lambda layer: layer["activations"]["active_units"]["lost_pixels"]  # noqa: E731
-    worst = sorted(filter(lost, layers), key=lost, reverse=True)[:3]
+    worst = sorted(filter(lost, layers), key=lost, reverse=True)
     if not worst:
         return "Every pixel keeps as many active units behind its 1x1 convolutions as there are dimensions to keep."
-    shown = ", ".join(f"{layer['path']} at {100 * lost(layer):.2g}% of the pixels" for layer in worst)
-    return f"Fewer active units than dimensions, so that the input cannot be recovered: {shown}."
+    shown = ", ".join(f"{layer['path']} at {100 * lost(layer):.3g}% of the pixels" for layer in worst[:3])
+    more = f", and {len(worst) - 3} more layers" if len(worst) > 3 else ""
+    return f"Fewer active units than dimensions, so that the input cannot be recovered: {shown}{more}."
 
 
 def _find_low_rank(report: dict) -> str:

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from flax import traverse_util
 
 from mobilenet_jax.diagnose.activations import measure_activations
-from mobilenet_jax.diagnose.report import format_text, make_report
+from mobilenet_jax.diagnose.report import _find_lost_pixels, format_text, make_report
 from mobilenet_jax.diagnose.weights import quantise_variables
 from mobilenet_jax.models.spec import to_json
 from mobilenet_jax.weights.card import HALF, make_card
@@ -80,6 +81,17 @@ def test_findings_name_what_was_planted(planted):
     assert f"(KL {answers['per_tensor']['kl']:.2g} nats); with a scale a channel" in find(planted, "int8")
     assert "largest 40 at step 20, last 1." in find(planted, "Gradient")
     assert "block_01" in find(planted, "Dimensions in use")
+
+
+def test_lost_pixels_are_told_in_percent_of_the_worst_layers(planted):
+    report = copy.deepcopy(planted)
+    units = [layer["activations"]["active_units"] for layer in report["layers"] if layer["activations"]]
+    for i, found in enumerate(filter(None, units)):
+        found["lost_pixels"] = (0.9999, 1.0, 0.00123, 0.0001)[i]
+    assert _find_lost_pixels(report).endswith(
+        "cannot be recovered: block_01/expand at 100% of the pixels, block_00/expand at 100% of the pixels, "
+        "block_02/pointwise at 0.123% of the pixels."
+    )
 
 
 def test_report_is_json_of_the_documented_keys(planted):
