@@ -132,7 +132,7 @@ def draw_variants(
 
     Args:
       estimates: {variant: (top-1 of each run in %, mean, half the width of the interval, nan where there is none)}.
-      curves: {variant: a list for each run of (epoch, top-1 as a share)}; drawn are mean and standard deviation.
+      curves: {variant: a list for each run of (epoch, top-1 as a share)}; drawn are single runs and their mean.
       base: the variant whose mean is drawn as a line through all.
       path: of the PNG.
       title: above both panels.
@@ -156,11 +156,10 @@ def draw_variants(
         color, line = styles[variant]
         epochs = [epoch for epoch, _ in min(runs, key=len)]
         points = 100 * np.array([[top1 for _, top1 in run[: len(epochs)]] for run in runs])
-        mean, spread = points.mean(0), points.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(epochs))
-        curve_axes.plot(epochs, mean, line, color=color, marker="o", markersize=3, label=variant)
-        curve_axes.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
+        curve_axes.plot(epochs, points.T, line, color=color, alpha=0.35, linewidth=0.8)
+        curve_axes.plot(epochs, points.mean(0), line, color=color, marker="o", markersize=3, label=variant)
     curve_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    curve_axes.set_xlabel("epoch; band: standard deviation over runs")
+    curve_axes.set_xlabel("epoch; thin: single runs")
     curve_axes.set_ylabel("top-1, %")
     curve_axes.legend(frameon=False, fontsize=8)
     _finish_study(figure, path, title)
