@@ -6,8 +6,8 @@ Question: should shortcuts join the narrow bottlenecks or the wide expansions, a
 
 Paper: 1801.04381 Fig. 6b shows curves alone: between bottlenecks above between expansions above none.
 
-Found here: bottlenecks first, on Fashion-MNIST, 5 epochs, 3 seeds: 90.2% against 88.2% without shortcuts. Expansions are
-not above none: 86.7%, and 88.4% without the average that spoils one of the runs (docs/studies/shortcut).
+Found here: bottlenecks first, on Fashion-MNIST, 5 epochs, 3 seeds: 90.2% against 88.2% without shortcuts. Expansions
+are not above none: 86.7%, and 88.4% without the average that spoils one of the runs (docs/studies/shortcut).
 """
 
 from configs import datasets, v2
