@@ -98,23 +98,6 @@ def test_trap_35_overrides_may_stand_before_the_config():
     assert config.is_locked
 
 
-@pytest.mark.parametrize(
-    ("override", "section", "key", "value"),
-    [
-        ("--config.model.stride_one=(0,1)", "model", "stride_one", (0, 1)),
-        ("--config.data.area_range=(.5,1.0)", "data", "area_range", (0.5, 1.0)),
-        ("--config.optim.freeze=('^stem/',)", "optim", "freeze", ("^stem/",)),
-        ("--config.model.se_ratio=0.5", "model", "se_ratio", 0.5),
-        ("--config.data.flip=true", "data", "flip", True),
-        ("--config.train.epochs=5", "train", "epochs", 5.0),
-    ],
-)
-def test_overrides_take_the_type_of_the_key(override, section, key, value):
-    found = load_config(str(ROOT / "configs" / "v1.py"), [override])[section][key]
-    assert found == value
-    assert type(found) is type(value)
-
-
 def test_missing_file_and_variant_list_the_valid_ones(capsys):
     said = refuse(capsys, f"--config={ROOT / 'configs' / 'v9.py'}")
     assert "v9.py is not a file; valid: " in said
