@@ -6,7 +6,8 @@ Question: what does a uniformly narrower network lose?
 
 Paper: 1704.04861 Table 6: 70.6, 68.4, 63.7 and 50.6% at widths 1, .75, .5 and .25: a smooth fall until .25.
 
-Found here: not run at length.
+Found here: on Fashion-MNIST, 5 epochs, 3 seeds, 90.4, 89.7, 90.0 and 87.9%: the break at .25 and no fall before it that
+three seeds could see (docs/studies/width).
 """
 
 from typing import Any
