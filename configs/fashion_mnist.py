@@ -4,8 +4,8 @@
 
 94.07% of the test images in 1.1 hours on one core, short of DenseNet-BC's 95.4%: docs/results.md.
 
-One choice was made on a held-out sixth of the training images, after four epochs: a stem without a stride has 90.65%
-of them right, one with the paper's stride, and no stride in row 1 instead, 89.03%. The other values are judgement.
+Chosen on a held-out sixth of the training images, after four epochs: a stem without a stride has 90.65% of them right,
+one with the paper's stride, and no stride in row 1 instead, 89.03%. The other values are judgement.
 """
 
 from typing import Any
