@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from mobilenet_jax.checkpoint import read_checkpoint
-from mobilenet_jax.metrics import read_metrics
+from mobilenet_jax.workdir.checkpoint import read_checkpoint
+from mobilenet_jax.workdir.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a resumed run could get wrong: momentum, averages, dropout, augmentation (of the recipe), mixup;

@@ -21,14 +21,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from mobilenet_jax.config import load_config
+from mobilenet_jax.cli.config import load_config
 from mobilenet_jax.data.loader import make_eval_batches
 from mobilenet_jax.data.sources import describe
-from mobilenet_jax.figures import draw_confusion
-from mobilenet_jax.metrics import read_metrics
-from mobilenet_jax.steps import normalise_images
-from mobilenet_jax.train import follow_card, train_and_evaluate
+from mobilenet_jax.plots import draw_confusion
+from mobilenet_jax.training.run import follow_card, train_and_evaluate
+from mobilenet_jax.training.steps import normalise_images
 from mobilenet_jax.weights.load import load_weights
+from mobilenet_jax.workdir.metrics import read_metrics
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "transfer.py"
 WAYS = {"probe": "#009E73", "frozen": "#0072B2", "finetune": "#D55E00", "scratch": "#999999"}  # and their colours

@@ -14,12 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mobilenet_jax.config import flatten_config, load_config, split_overrides
-from mobilenet_jax.malloc import restart_tuned
+from mobilenet_jax.cli.allocator import restart_tuned
+from mobilenet_jax.cli.config import load_config, split_overrides
+from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
+from mobilenet_jax.cli.flags import add_cache_flag
+from mobilenet_jax.cli.startup import configure_memory, show_own_messages
 from mobilenet_jax.models.cost import Cost
 from mobilenet_jax.models.spec import check_choice
-from mobilenet_jax.runtime import UsageError, add_cache_flag, configure_memory, get_exit_code, show_own_messages
-from mobilenet_jax.study import (
+from mobilenet_jax.studies.study import (
     RunKey,
     Study,
     check_record,
@@ -29,6 +31,7 @@ from mobilenet_jax.study import (
     read_study,
     write_record,
 )
+from mobilenet_jax.training.config import flatten_config
 
 RATE = 15e9  # multiply-adds a second that training does on two cores, the backward pass being twice the forward one
 
@@ -146,7 +149,7 @@ def run_one(study: Study, key: RunKey, workdir: Path, num_classes: int) -> str |
 
     A run that is not finite is recorded as failed. Raises UsageError for what `train.Run` refuses.
     """
-    from mobilenet_jax.train import NonFiniteError, Run
+    from mobilenet_jax.training.run import NonFiniteError, Run
 
     folder, config = key.folder(workdir), study.make_config(key)
     before = read_record(folder)
@@ -197,7 +200,7 @@ def run_all(study: Study, workdir: Path, runs: Sequence[RunKey], num_classes: in
 
 def report(study: Study, workdir: Path) -> str | None:
     """Write the files of the study and return its table; one process at a time."""
-    from mobilenet_jax.comparison import write_report
+    from mobilenet_jax.studies.report import write_report
 
     with lock(workdir / "lock", wait=True):
         return write_report(study, workdir)

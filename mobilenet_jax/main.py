@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from mobilenet_jax.config import apply_preprocessing, load_config, split_overrides
-from mobilenet_jax.malloc import restart_tuned
-from mobilenet_jax.runtime import UsageError, add_cache_flag, configure_memory, get_exit_code, show_own_messages
+from mobilenet_jax.cli.allocator import restart_tuned
+from mobilenet_jax.cli.config import apply_preprocessing, load_config, split_overrides
+from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
+from mobilenet_jax.cli.flags import add_cache_flag
+from mobilenet_jax.cli.startup import configure_memory, show_own_messages
 
 _START = time.perf_counter()
 
@@ -58,7 +60,7 @@ def configure_jax(flags: argparse.Namespace) -> None:
 def run(flags: argparse.Namespace, config) -> int:
     """Train or evaluate; return the exit code."""
     from mobilenet_jax.data.decode import UnreadableImageError
-    from mobilenet_jax.train import NonFiniteError, Run
+    from mobilenet_jax.training.run import NonFiniteError, Run
 
     show_own_messages()
     configure_jax(flags)
@@ -99,9 +101,9 @@ def run(flags: argparse.Namespace, config) -> int:
 def run_weights(flags: argparse.Namespace, config, overrides: list[str]) -> int:
     """Evaluate weights on the config's data, prepared as their card says but for overrides; return the exit code."""
     from mobilenet_jax.data.decode import UnreadableImageError
-    from mobilenet_jax.evaluate import evaluate_weights
-    from mobilenet_jax.metrics import write_json_atomic
+    from mobilenet_jax.training.evaluate import evaluate_weights
     from mobilenet_jax.weights.load import load_weights
+    from mobilenet_jax.workdir.files import write_json_atomic
 
     if flags.mode != "eval":
         raise UsageError("--weights is for --mode=eval; training starts from --config.init")

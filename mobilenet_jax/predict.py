@@ -16,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mobilenet_jax.malloc import restart_tuned
-from mobilenet_jax.runtime import UsageError, add_cache_flag, configure_memory, get_exit_code, show_own_messages
+from mobilenet_jax.cli.allocator import restart_tuned
+from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
+from mobilenet_jax.cli.flags import add_cache_flag
+from mobilenet_jax.cli.startup import configure_memory, show_own_messages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,7 +112,7 @@ def _compile(model: "MobileNet", mean: tuple[float, ...], std: tuple[float, ...]
     """(variables, images uint8 [B, S, S, 3]) -> (probabilities [B, top], classes [B, top]), one program."""
     import jax
 
-    from mobilenet_jax.steps import normalise_images
+    from mobilenet_jax.training.steps import normalise_images
 
     @jax.jit
     def run(variables: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -232,7 +234,7 @@ def _show(predictions: Iterator[Prediction], count: int, flags: argparse.Namespa
     """Print predictions as they come, errors and progress on stderr; return the number of errors."""
     from tqdm import tqdm
 
-    from mobilenet_jax.metrics import Progress
+    from mobilenet_jax.training.progress import Progress
 
     failed, form = 0, _format_json if flags.json else _format_csv if flags.csv else _format_text
     with Progress(count, steps_per_epoch=None, batch_size=1, active=count > flags.batch_size) as progress:

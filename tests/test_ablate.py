@@ -11,11 +11,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from mobilenet_jax import ablate, train
+from mobilenet_jax import ablate
 from mobilenet_jax.ablate import estimate_time, load_study, main, run_all
-from mobilenet_jax.comparison import COLUMNS_OF_TIME
-from mobilenet_jax.sharding import make_mesh
-from mobilenet_jax.study import RunKey, lock, read_record, write_record
+from mobilenet_jax.studies.report import COLUMNS_OF_TIME
+from mobilenet_jax.studies.study import RunKey, lock, read_record, write_record
+from mobilenet_jax.training import run as train
+from mobilenet_jax.training.sharding import make_mesh
 
 # ml_collections loads config files by a way that Python is about to drop.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")

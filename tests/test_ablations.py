@@ -10,12 +10,12 @@ import pytest
 
 from configs.datasets import DATASETS
 from mobilenet_jax import ablate
-from mobilenet_jax.config import flatten_config
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import InvertedResidual
-from mobilenet_jax.study import RunKey, Study
+from mobilenet_jax.studies.study import RunKey, Study
+from mobilenet_jax.training.config import flatten_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = sorted(path.stem for path in (ROOT / "configs" / "ablations").glob("*.py"))

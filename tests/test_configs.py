@@ -11,18 +11,20 @@ from typing import Any
 
 import jax
 import pytest
+from mobilenet_jax.training.plan import make_plan
 from PIL import Image
 
 from configs import base, fashion_mnist, transfer
 from configs.datasets import DATASETS
-from mobilenet_jax import train
-from mobilenet_jax.config import flatten_config, load_config
+from mobilenet_jax.cli.config import load_config
 from mobilenet_jax.data.sources import DataInfo, open_source
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
-from mobilenet_jax.sharding import make_mesh
-from mobilenet_jax.train import Run, build_model, make_plan, train_and_evaluate
+from mobilenet_jax.training import run as train
+from mobilenet_jax.training.config import flatten_config
+from mobilenet_jax.training.run import Run, build_model, train_and_evaluate
+from mobilenet_jax.training.sharding import make_mesh
 from mobilenet_jax.weights.card import IMAGENET, make_card
 from mobilenet_jax.weights.save import save_weights
 

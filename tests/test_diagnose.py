@@ -8,16 +8,16 @@ import pytest
 from PIL import Image
 
 from configs import base
-from mobilenet_jax import train
-from mobilenet_jax.diagnose.__main__ import main, open_images, parse
-from mobilenet_jax.metrics import read_metrics
+from mobilenet_jax.diagnose import main, open_images, parse
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
-from mobilenet_jax.sharding import make_mesh
-from mobilenet_jax.train import train_and_evaluate
+from mobilenet_jax.training import run as train
+from mobilenet_jax.training.run import train_and_evaluate
+from mobilenet_jax.training.sharding import make_mesh
 from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
+from mobilenet_jax.workdir.metrics import read_metrics
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
 

@@ -1,4 +1,4 @@
-"""Imports point one way: main -> train -> everything else, and inside models network -> blocks -> layers."""
+"""Imports point one way: commands at the top, models at the bottom."""
 
 import ast
 import sys
@@ -13,103 +13,34 @@ FILES = {
     for folder in (PACKAGE, "configs")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
-# What these may import of the package. The rest may import each other, but neither train nor main.
-ALLOWED = {
-    "main": {"train", "config", "evaluate", "malloc", "metrics", "runtime", "data.decode", "weights.load"},
-    "predict": {
-        "data.decode",
-        "data.sources",
-        "data.transforms",
-        "malloc",
-        "metrics",
-        "models.cost",
-        "models.network",
-        "runtime",
-        "steps",
-        "weights.card",
-        "weights.load",
-    },
-    "config": {"runtime"},
-    "runtime": {"malloc"},
-    "ablate": {
-        "comparison",
-        "config",
-        "data.decode",
-        "data.sources",
-        "malloc",
-        "models.cost",
-        "models.spec",
-        "runtime",
-        "study",
-        "train",
-    },
-    "comparison": {"figures", "metrics", "study"},
-    "study": {"config", "metrics", "models.cost", "models.spec", "models.zoo"},
-    "diagnose.__main__": {
-        "config",
-        "data.decode",
-        "data.loader",
-        "data.transforms",
-        "diagnose.activations",
-        "diagnose.page",
-        "diagnose.report",
-        "diagnose.weights",
-        "malloc",
-        "metrics",
-        "models.cost",
-        "predict",
-        "runtime",
-        "weights.card",
-        "weights.load",
-    },
-    "diagnose.report": {"diagnose.activations", "diagnose.measures", "diagnose.weights", "models.spec"},
-    "diagnose.page": {"diagnose.measures", "diagnose.weights"},
-    "diagnose.activations": {
-        "diagnose.measures",
-        "diagnose.weights",
-        "models.layers",
-        "models.network",
-        "models.spec",
-        "steps",
-    },
-    "diagnose.weights": {"diagnose.measures", "models.spec"},
-    "diagnose.measures": set(),
-    "manifold": {"metrics"},
-    "models.network": {
-        "models.blocks",
-        "models.depthwise",
-        "models.init",
-        "models.layers",
-        "models.spec",
-        "models.zoo",
-    },
-    "models.blocks": {"models.attention", "models.layers", "models.spec"},
-    "models.attention": set(),
-    "models.layers": {"models.depthwise", "models.init", "models.spec"},
-    "models.depthwise": {"models.spec"},
-    "models.init": {"models.spec"},
-    "models.spec": set(),
-    "models.v1": {"models.spec"},
-    "models.v2": {"models.spec"},
-    "models.v3": {"models.spec"},
-    "models.v4": {"models.spec"},
-    "models.edgetpu": {"models.spec"},
-    "models.zoo": {"models.edgetpu", "models.spec", "models.v1", "models.v2", "models.v3", "models.v4"},
-    "models.cost": {"models.spec"},
-    "summary": {"models.cost", "models.spec", "models.zoo"},
-    "convert": {"weights.load", "weights.save"},
-    "features": {"data.sources", "models.layers", "models.network", "models.spec", "sharding", "steps"},
-    "batch_stats": {"models.network", "sharding", "steps"},
-    "weights.card": {"models.spec", "weights"},
-    "weights.naming": {"models.init", "models.spec", "models.zoo", "weights", "weights.card"},
-    "weights.torch_names": {"models.spec", "weights.card", "weights.naming"},
-    "weights.keras_names": {"models.spec", "weights.card", "weights.naming"},
-    "weights.pth": {"weights"},
-    "weights.hdf5": {"weights"},
-    "weights.fetch": {"weights", "weights.card"},
+# What a folder may import of the package beside itself. Commands, at the top, may import everything but each other.
+FLOORS = {
+    "models": set(),
+    "plots": set(),
+    "data": set(),
+    "workdir": set(),
+    "weights": {"workdir", "models"},
+    "training": {"weights", "workdir", "data", "models", "plots"},
+    "inference": {"training", "weights", "data", "models"},
+    "diagnosis": {"inference", "training", "weights", "workdir", "data", "models", "plots"},
+    "cli": set(),
+    "studies": {"cli", "training", "workdir", "data", "models", "plots"},
 }
-TABLES = ["models.v1", "models.v2", "models.v3", "models.v4", "models.edgetpu"]
-WITHOUT_JAX = ["models.spec", *TABLES, "models.zoo", "models.cost", "summary"]
+# Inside `models`: the textbook from the network down, and tables of `spec` alone.
+MODELS = {
+    "network": {"blocks", "depthwise", "init", "layers", "spec", "zoo"},
+    "blocks": {"attention", "layers", "spec"},
+    "attention": set(),
+    "layers": {"depthwise", "init", "spec"},
+    "depthwise": {"spec"},
+    "init": {"spec"},
+    "folded": {"spec"},
+    "spec": set(),
+    **{table: {"spec"} for table in ("v1", "v2", "v3", "v4", "edgetpu")},
+    "zoo": {"spec", "v1", "v2", "v3", "v4", "edgetpu"},
+    "cost": {"spec"},
+}
+WITHOUT_JAX = ["spec", "v1", "v2", "v3", "v4", "edgetpu", "zoo", "cost"]
 
 
 def list_imports(name: str) -> set[str]:
@@ -125,19 +56,27 @@ def list_imports(name: str) -> set[str]:
     return found
 
 
+def list_own(name: str) -> set[str]:
+    """The modules of the package that a file imports, without the package's name."""
+    return {i.removeprefix(f"{PACKAGE}.") for i in list_imports(name) if i.startswith(f"{PACKAGE}.")}
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith(f"{PACKAGE}.")])
 def test_imports_point_one_way(name):
-    short = name.removeprefix(f"{PACKAGE}.")
-    own = {i.removeprefix(f"{PACKAGE}.") for i in list_imports(name) if i.startswith(f"{PACKAGE}.")}
-    assert own - ALLOWED[short] == set() if short in ALLOWED else not own & {"main", "train"}
-    if short.startswith(("models.", "data.")):
-        assert {i.split(".")[0] for i in own} <= {short.split(".")[0]}
+    floor, _, module = name.removeprefix(f"{PACKAGE}.").partition(".")
+    floors = {i.split(".")[0] for i in list_own(name)}
+    if floor in FLOORS:
+        assert floors - {floor} <= FLOORS[floor]
+    else:
+        assert floors <= FLOORS.keys()
+    if floor == "models" and module in MODELS:
+        assert {i.partition(".")[2] for i in list_own(name)} <= MODELS[module]
 
 
 @pytest.mark.parametrize("name", WITHOUT_JAX)
 def test_tables_and_their_arithmetic_need_no_jax(name):
     # With the direct imports bound above, no indirect one brings JAX in either.
-    others = {i.split(".")[0] for i in list_imports(f"{PACKAGE}.{name}")} - {PACKAGE}
+    others = {i.split(".")[0] for i in list_imports(f"{PACKAGE}.models.{name}")} - {PACKAGE}
     assert others <= set(sys.stdlib_module_names)
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import jax
 import pytest
 
-from mobilenet_jax import evaluate, train
 from mobilenet_jax import main as main_module
-from mobilenet_jax.config import load_config
+from mobilenet_jax.cli.config import load_config
+from mobilenet_jax.cli.exit_codes import UsageError
 from mobilenet_jax.main import main
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
-from mobilenet_jax.runtime import UsageError
-from mobilenet_jax.sharding import make_mesh
+from mobilenet_jax.training import evaluate
+from mobilenet_jax.training import run as train
+from mobilenet_jax.training.sharding import make_mesh
 from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.save import save_weights
 

@@ -10,16 +10,7 @@ from flax import linen as nn
 
 from mobilenet_jax.models.blocks import RESIDUAL_BLOCKS, Chain
 from mobilenet_jax.models.depthwise import IMPLEMENTATIONS
-from mobilenet_jax.models.layers import (
-    ACTIVATIONS,
-    LOWERINGS,
-    Conv,
-    ConvNorm,
-    Dense,
-    Norm,
-    PlainNorm,
-    spatial_mean,
-)
+from mobilenet_jax.models.layers import ACTIVATIONS, LOWERINGS, Conv, ConvNorm, Dense, Norm, PlainNorm, spatial_mean
 from mobilenet_jax.models.spec import Conv as ConvRow
 from mobilenet_jax.models.spec import Separable, Spec, check_choice
 from mobilenet_jax.models.zoo import make_spec

@@ -12,8 +12,6 @@ from absl import logging
 from flax import traverse_util
 from safetensors import safe_open
 
-from mobilenet_jax.checkpoint import load_variables
-from mobilenet_jax.metrics import METRICS_FILE, read_metrics
 from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.network import MobileNet, create_model
 from mobilenet_jax.models.spec import Spec
@@ -25,6 +23,8 @@ from mobilenet_jax.weights.keras_names import KERAS
 from mobilenet_jax.weights.naming import Match, Naming, align_by_order, compare, identify
 from mobilenet_jax.weights.pth import read_pth
 from mobilenet_jax.weights.torch_names import PUBLISHED_PREPROCESSING, TIMM, TORCHVISION
+from mobilenet_jax.workdir.checkpoint import load_variables
+from mobilenet_jax.workdir.metrics import METRICS_FILE, read_metrics
 
 CARD_KEY = "mobilenet_jax_card"  # of a safetensors file's metadata
 NAMINGS = {naming.framework: naming for naming in (TORCHVISION, TIMM, KERAS)}

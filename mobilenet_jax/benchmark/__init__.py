@@ -1,1 +1,0 @@
-"""Our step, start and input against those of the peers that are installed: `python -m mobilenet_jax.benchmark`."""

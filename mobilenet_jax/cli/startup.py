@@ -1,0 +1,28 @@
+"""What commands set up before JAX computes: messages, and compiled programs on disk."""
+
+import logging
+import os
+from pathlib import Path
+
+from mobilenet_jax.cli.allocator import describe_allocator
+
+
+def configure_memory(folder: str) -> str:
+    """Keep compiled programs in a folder, unless it is "off"; say how buffers are allocated (`malloc`)."""
+    import jax
+
+    if folder != "off":
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return describe_allocator()
+
+
+def show_own_messages() -> None:
+    """Notes of this package on stderr; of the libraries below it, warnings and errors alone."""
+    from absl import logging as absl_logging
+
+    package = str(Path(__file__).parents[1]) + os.sep
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.pathname.startswith(package))
+    logging.basicConfig(format="%(message)s", handlers=[handler], force=True)
+    absl_logging.set_verbosity(absl_logging.INFO)

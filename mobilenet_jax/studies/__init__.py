@@ -1,0 +1,1 @@
+"""Ablation studies: variants times seeds, tables and figures."""

@@ -1,0 +1,61 @@
+"""Batch-norm statistics measured over many images with the parameters as they are, instead of running ones.
+
+Running statistics lag behind the parameters by 1 / (1 - bn_decay) steps and weigh the last batches most; these do
+neither (2105.07576, sec. 3).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mobilenet_jax.models.network import MobileNet
+from mobilenet_jax.training.sharding import put_batch, shard_eval_step
+from mobilenet_jax.training.steps import normalise_images
+
+
+def make_stats_step(model: MobileNet, mesh: Mesh, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+    """Jitted (variables, batch) -> `batch_stats` of the batch alone, with no layer dropped."""
+    spec = replace(model.spec, num_classes=0, bn_decay=0.0, drop_path=0.0)
+    model = model.clone(spec=spec, freeze_stats=False)
+
+    def step(variables: dict, batch: dict[str, jax.Array]):
+        images = normalise_images(batch["images"], mean, std)
+        return model.apply(variables, images, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+
+    return shard_eval_step(step, mesh)
+
+
+def measure_stats(
+    step: Callable, kinds: Sequence[dict], batches: Iterable[dict[str, np.ndarray]], *, mesh: Mesh
+) -> list[Any]:
+    """For each set of variables the `batch_stats` of all images of the (equally large) batches together.
+
+    `step` is of `make_stats_step`. The variance is that within the batches and that of their means; sums are float64.
+    """
+    totals: list[Any] = [None] * len(kinds)
+    count = 0
+    for batch in batches:
+        placed = put_batch(batch, mesh)
+        for i, variables in enumerate(kinds):
+            moments = _map_norms(_to_moments, jax.tree.map(np.float64, step(variables, placed)))
+            totals[i] = moments if totals[i] is None else jax.tree.map(np.add, totals[i], moments)
+        count += 1
+    means = jax.tree.map(lambda total: total / count, totals)
+    return [jax.tree.map(jnp.float32, _map_norms(_to_stats, mean)) for mean in means]
+
+
+def _to_moments(norm: dict) -> dict:
+    return {"mean": norm["mean"], "var": norm["var"] + norm["mean"] ** 2}
+
+
+def _to_stats(norm: dict) -> dict:
+    return {"mean": norm["mean"], "var": np.maximum(norm["var"] - norm["mean"] ** 2, 0)}
+
+
+def _map_norms(change: Callable[[dict], dict], stats: Any) -> Any:
+    return jax.tree.map(change, stats, is_leaf=lambda node: isinstance(node, dict) and "var" in node)

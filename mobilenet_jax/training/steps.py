@@ -1,0 +1,197 @@
+"""One training step and one evaluation step: pure functions of data, neither jitted nor aware of a config."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import lax
+
+from mobilenet_jax.training.ema import update_ema
+from mobilenet_jax.training.losses import mix_batch, softmax_cross_entropy
+
+# JAX 0.8.2 renamed `pvary` and 0.10 removed it.
+_to_varying = functools.partial(lax.pcast, to="varying") if hasattr(lax, "pcast") else lax.pvary  # pyright: ignore[reportAttributeAccessIssue]
+
+CALIBRATION_BINS = 15
+Batch = dict[str, jax.Array]
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run carries from step to step; randomness is `fold_in(key, step)` and has no place here."""
+
+    step: jax.Array  # steps done
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any  # {"params", "batch_stats"}, or None without averaging
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What a training step does besides the forward and backward pass."""
+
+    mean: tuple[float, ...]  # grey levels
+    std: tuple[float, ...]
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+    accumulate: int = 1  # micro-batches
+    ema_decay: float = 0.0
+    axis: str | None = None  # the mesh axis of a per-device step under `shard_map`
+    frozen: Any = None  # bools in the parameters' structure: for these no gradient is computed, it is 0
+
+
+def create_state(variables: dict, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+    """The state before the first step; every leaf is a buffer of its own, for the step donates them."""
+    copy = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731
+    params, stats = copy(variables["params"]), copy(variables["batch_stats"])
+    average = copy({"params": params, "batch_stats": stats}) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), average)
+
+
+def normalise_images(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """uint8 [B, H, W, C] to float32 (x - mean) / std, both in grey levels."""
+    mean_array, std_array = (jnp.array(grey_levels)[None, None, None, :] for grey_levels in (mean, std))
+    return (images.astype(jnp.float32) - mean_array) / std_array
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    options: StepOptions,
+) -> tuple[TrainState, Sums]:
+    """Update on {"images" uint8 [B, H, W, C], "labels" int [B]}.
+
+    The metrics are (sum, count) over the global batch, the gradient's norm is that of what is trained, before any
+    clipping.
+    """
+    key = jax.random.fold_in(key, state.step)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    if options.axis:
+        key = jax.random.fold_in(key, lax.axis_index(options.axis))
+        # Gradients of replicated parameters would arrive already summed over the devices; of varying ones
+        # they are each device's own, and the mean below is the only one.
+        variables = _to_varying(variables, options.axis)
+    grads, batch_stats, sums = _gradients(variables, batch, key, model=model, options=options)
+    if options.axis:
+        grads = lax.pmean(grads, options.axis)
+        # A mean of equal values may be off by a rounding; that of their changes leaves frozen ones alone.
+        changes = jax.tree.map(jnp.subtract, batch_stats, variables["batch_stats"])
+        batch_stats = jax.tree.map(jnp.add, state.batch_stats, lax.pmean(changes, options.axis))
+        sums = lax.psum(sums, options.axis)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        new = {"params": params, "batch_stats": batch_stats}
+        ema = update_ema(ema, new, step=state.step, decay=options.ema_decay)
+    sums["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema), sums
+
+
+def _gradients(variables: dict, batch: Batch, key: jax.Array, *, model, options: StepOptions):
+    """(gradients of the mean loss, new statistics, metric sums), over micro-batches one after the other."""
+    if options.accumulate == 1:
+        return _micro_gradients(variables, batch, key, model=model, options=options)
+    n = options.accumulate
+
+    def run(stats, part):
+        index, micro = part
+        grads, stats, sums = _micro_gradients(
+            {**variables, "batch_stats": stats},
+            micro,
+            jax.random.fold_in(key, index),
+            model=model,
+            options=options,
+        )
+        return stats, (grads, sums)
+
+    # Micro-batch i takes every n-th image: each device contributes to each.
+    parts = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
+    stats, (grads, sums) = lax.scan(run, variables["batch_stats"], (jnp.arange(n), parts))
+    mean_grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
+    return mean_grads, stats, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
+
+
+def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, *, model, options: StepOptions):
+    mix_key, dropout_key = jax.random.split(key)
+    labels = batch["labels"]
+    images = normalise_images(batch["images"], options.mean, options.std)
+    targets = labels
+    if options.mixup or options.cutmix:
+        images, targets = mix_batch(
+            mix_key,
+            images,
+            jax.nn.one_hot(labels, model.spec.num_classes),
+            mixup=options.mixup,
+            cutmix=options.cutmix,
+            probability=options.mix_probability,
+        )
+
+    def loss_fn(params):
+        if options.frozen is not None:
+            params = jax.tree.map(lambda p, frozen: lax.stop_gradient(p) if frozen else p, params, options.frozen)
+        logits, updated = model.apply(
+            {**variables, "params": params},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout_key},
+        )
+        losses = softmax_cross_entropy(logits, targets, label_smoothing=options.label_smoothing)
+        return jnp.mean(losses), (losses, logits, updated["batch_stats"])
+
+    grads, (losses, logits, stats) = jax.grad(loss_fn, has_aux=True)(variables["params"])
+    count = jnp.sum(jnp.ones_like(losses))
+    correct = jnp.argmax(logits, axis=-1) == labels
+    sums = {"loss": (jnp.sum(losses), count), "top1": (jnp.sum(correct.astype(jnp.float32)), count)}
+    return grads, stats, sums
+
+
+def eval_step(
+    variables: dict, batch: Batch, *, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]
+) -> dict[str, jax.Array]:
+    """Sums over the images that `batch["mask"]` [B] marks: loss, top1, top5, count, classes, calibration and confusion.
+
+    `classes` [2, K] are the images of each class and those of them that are answered right. `calibration` [2, 15] are,
+    of the answers whose probability lies in ((m - 1)/15, m/15], the sum of probabilities and the right ones (Guo et al.
+    2017, arXiv 1706.04599, section 2). `confusion` [K, K] has true classes in rows, predicted ones in columns; above
+    100 classes there is none.
+    """
+    images = normalise_images(batch["images"], mean, std)
+    logits: Any = model.apply(variables, images, train=False)
+    labels, mask = batch["labels"], batch["mask"]
+    classes = logits.shape[-1]
+    losses = softmax_cross_entropy(logits, labels, label_smoothing=0.0)
+    _, best = lax.top_k(logits, min(5, classes))
+    hits = (best == labels[:, None]) & mask[:, None]
+    right, confidence = hits[:, 0], jnp.max(jax.nn.softmax(logits), axis=-1)
+    # Equal logits have 1/K, an edge of a bin for some K: no rounding may lift them over it.
+    bins = jnp.ceil(confidence * CALIBRATION_BINS - 1e-5).astype(jnp.int32) - 1
+    bins = jnp.clip(bins, 0, CALIBRATION_BINS - 1)
+    of_class = functools.partial(jax.ops.segment_sum, segment_ids=labels, num_segments=classes)
+    of_bin = functools.partial(jax.ops.segment_sum, segment_ids=bins, num_segments=CALIBRATION_BINS)
+    sums = {
+        "loss": jnp.sum(jnp.where(mask, losses, 0)),
+        "top1": jnp.sum(right.astype(jnp.int32)),
+        "top5": jnp.sum(jnp.any(hits, axis=1).astype(jnp.int32)),
+        "count": jnp.sum(mask.astype(jnp.int32)),
+        "classes": jnp.stack([of_class(mask.astype(jnp.int32)), of_class(right.astype(jnp.int32))]),
+        "calibration": jnp.stack([of_bin(jnp.where(mask, confidence, 0)), of_bin(right.astype(jnp.float32))]),
+    }
+    if classes <= 100:
+        true = jax.nn.one_hot(labels, classes) * mask[:, None]
+        sums["confusion"] = (true.T @ jax.nn.one_hot(best[:, 0], classes)).astype(jnp.int32)
+    return sums

@@ -1,0 +1,321 @@
+import dataclasses
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import base
+from mobilenet_jax.data.loader import TrainIterator, make_train_iterator
+from mobilenet_jax.training.config import flatten_config
+from mobilenet_jax.training.steps import TrainState, create_state
+from mobilenet_jax.workdir.checkpoint import (
+    CheckpointMismatchError,
+    Checkpoints,
+    check_same_run,
+    load_variables,
+    merge_variables,
+    read_checkpoint,
+)
+
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+@pytest.fixture
+def iterator():
+    config: Any = base.get_config()
+    config.data.batch_size = 8
+    iterator = make_train_iterator(config.data, seed=3, process_index=0, process_count=1)
+    yield iterator
+    iterator.close()
+
+
+def flat_config(**values) -> dict:
+    return {**flatten_config(base.get_config()), "data.train_images": 1437, "processes": 1, **values}
+
+
+def make_variables(*, width: int = 4, classes: int = 10, value: float = 0.0) -> dict:
+    params = {
+        "stem": {"conv": {"kernel": np.full((3, 3, 3, width), value, np.float32)}},
+        "classifier": {"kernel": np.full((width, classes), value, np.float32)},
+    }
+    return {
+        "params": params,
+        "batch_stats": {"stem": {"norm": {"mean": np.full((width,), value, np.float32)}}},
+    }
+
+
+def make_state(step: int, *, ema: bool = True, **shape) -> TrainState:
+    """Random values in every leaf, -0, the smallest subnormal and the largest number among them."""
+    generator = np.random.default_rng(step)
+    state = create_state(make_variables(**shape), OPTIMIZER, ema=ema)
+
+    def fill(leaf):
+        values = generator.standard_normal(leaf.shape).astype(np.float32)
+        values.flat[:3] = -0.0, 1e-45, 3.4e38
+        return jnp.asarray(values)
+
+    filled = jax.tree.map(fill, dataclasses.replace(state, step=jnp.zeros(3)))
+    return dataclasses.replace(filled, step=jnp.int32(step))
+
+
+def save(workdir: Path, state: TrainState, iterator: TrainIterator, *, keep: int = 2, **config) -> None:
+    checkpoints = Checkpoints(workdir, keep=keep)
+    meta = {"config": flat_config(**config), "class_names": ["a", "b"], "train": {"loss": [0.1, 3.0]}}
+    checkpoints.save(int(state.step), state, iterator, meta)
+    checkpoints.close()
+
+
+def restore(workdir: Path, iterator: TrainIterator, *, state: TrainState | None = None, config=None) -> Any:
+    checkpoints = Checkpoints(workdir, keep=2)
+    try:
+        return checkpoints.restore(state or make_state(0), iterator, config=flat_config(**(config or {})))
+    finally:
+        checkpoints.close()
+
+
+def list_steps(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def assert_same_bits(first, second) -> None:
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_round_trip_keeps_every_bit_and_the_place_in_the_data(tmp_path, iterator):
+    for _ in range(3):
+        next(iterator)
+    save(tmp_path, make_state(3), iterator)
+    following = next(iterator)
+    restored, meta = restore(tmp_path, iterator)
+    assert_same_bits(restored, make_state(3))
+    assert meta["train"] == {"loss": [0.1, 3.0]}
+    assert meta["class_names"] == ["a", "b"]
+    assert meta["config"] == flat_config()
+    np.testing.assert_array_equal(next(iterator)["images"], following["images"])
+
+
+def test_trap_28_prefetching_does_not_move_the_saved_place(tmp_path, iterator):
+    iterator.start_prefetch()
+    next(iterator)
+    next(iterator)
+    save(tmp_path, make_state(2), iterator)
+    assert read_checkpoint(tmp_path)[1]["iterator"]["next_batch"] == 2
+
+
+def test_there_is_nothing_to_restore_in_a_new_workdir(tmp_path, iterator):
+    assert restore(tmp_path, iterator) is None
+
+
+def test_the_newest_stay(tmp_path, iterator):
+    for step in (1, 2, 5, 9):
+        save(tmp_path, make_state(step), iterator, keep=3)
+    assert list_steps(tmp_path) == [2, 5, 9]
+
+
+def test_a_step_that_is_there_is_not_written_again(tmp_path, iterator):
+    save(tmp_path, make_state(4), iterator)
+    save(tmp_path, dataclasses.replace(make_state(5), step=jnp.int32(4)), iterator)
+    assert_same_bits(restore(tmp_path, iterator)[0], make_state(4))
+
+
+def _delete(file: Path) -> None:
+    file.unlink()
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _flip(file: Path) -> None:
+    """A bit in each of five places over the file."""
+    data = bytearray(file.read_bytes())
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        data[int(share * len(data))] ^= 4
+    file.write_bytes(data)
+
+
+# Where one array cannot be read, Orbax closes its event loop under the reads of the others.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", [_delete, _truncate, _flip])
+def test_whatever_file_is_damaged_the_state_is_sound(tmp_path, iterator, damage, caplog):
+    """Of the newest checkpoint where the file does not matter, else, reported, of the one before it."""
+    original = tmp_path / "original"
+    save(original, make_state(1), iterator)
+    next(iterator)
+    save(original, make_state(2), iterator)
+    newest = original / "checkpoints" / "2"
+    files = [p.relative_to(newest) for p in sorted(newest.rglob("*")) if p.is_file() and p.stat().st_size]
+    outcomes = {}
+    for i, file in enumerate(files):
+        workdir = tmp_path / str(i)
+        shutil.copytree(original, workdir)
+        damage(workdir / "checkpoints" / "2" / file)
+        caplog.clear()
+        state, meta = restore(workdir, iterator)
+        step = outcomes[str(file)] = int(state.step)
+        assert_same_bits(state, make_state(step))
+        assert iterator.get_state()["next_batch"] == meta["iterator"]["next_batch"] == step - 1
+        if step == 1:
+            assert "checkpoint 2 is damaged" in caplog.text
+            assert (workdir / "damaged_checkpoints" / "2").is_dir()
+            assert list_steps(workdir) == [1]
+            save(workdir, make_state(2), iterator)  # the place is free
+            assert int(restore(workdir, iterator)[0].step) == 2
+    needed = {file: step for file, step in outcomes.items() if re.match("meta/meta|state/(d/|manifest)", file)}
+    assert len(needed) >= 3
+    assert set(needed.values()) == {1}
+
+
+@pytest.mark.parametrize("name", ["iterator", "config"])
+def test_a_flipped_digit_of_the_meta_is_damage(tmp_path, iterator, name):
+    save(tmp_path, make_state(1), iterator)
+    save(tmp_path, make_state(2), iterator)
+    file = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
+    text = file.read_text()
+    old, new = {"iterator": ('"next_batch":0', '"next_batch":1'), "config": ('"seed":0', '"seed":1')}[name]
+    changed = text.replace(old, new) if old in text else text.replace(old.replace(":", ": "), new)
+    assert changed != text
+    file.write_text(changed)
+    assert int(restore(tmp_path, iterator)[0].step) == 1
+    assert iterator.get_state()["next_batch"] == 0
+
+
+def test_damaged_checkpoints_that_were_set_aside_before_stay(tmp_path, iterator):
+    for _ in range(2):
+        save(tmp_path, make_state(1), iterator)
+        save(tmp_path, make_state(2), iterator)
+        _flip(tmp_path / "checkpoints" / "2" / "meta" / "metadata")
+        restore(tmp_path, iterator)
+    assert sorted(path.name for path in (tmp_path / "damaged_checkpoints").iterdir()) == ["2", "2.1"]
+
+
+def test_where_all_are_damaged_nothing_is_moved(tmp_path, iterator):
+    for step in (1, 2):
+        save(tmp_path, make_state(step), iterator)
+        _truncate(tmp_path / "checkpoints" / str(step) / "meta" / "metadata")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read .2: .*; 1: .*") as error:
+        restore(tmp_path, iterator)
+    assert "\n" not in str(error.value)
+    assert list_steps(tmp_path) == [1, 2]
+    assert not (tmp_path / "damaged_checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.name", "mobilenet_v3_small"),
+        ("model.width", 0.5),
+        ("model.stride_one", [0]),
+        ("data.source", "tfds:fashion_mnist"),
+        ("data.train_images", 60_000),
+        ("data.batch_size", 128),
+        ("data.holdout", 0.1),
+        ("optim.name", "adamw"),
+        ("processes", 2),
+        ("parallel", "pmap"),
+        ("seed", 1),
+        ("ema.decay", 0.9),
+    ],
+)
+def test_another_run_is_refused_and_the_difference_spelled_out(tmp_path, iterator, key, value):
+    save(tmp_path, make_state(1), iterator)
+    before = flat_config()[key]
+    with pytest.raises(CheckpointMismatchError, match=re.escape(f"{key} was")) as error:
+        restore(tmp_path, iterator, config={key: value})
+    assert str(before) in str(error.value)
+    assert str(value) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list_steps(tmp_path) == [1]
+
+
+def test_all_differences_are_named(tmp_path, iterator):
+    saved, config = flat_config(), flat_config(**{"model.width": 0.5, "optim.name": "adamw"})
+    with pytest.raises(CheckpointMismatchError, match=r"model.width was 1.0 and is 0.5; optim.name was 'sgd'"):
+        check_same_run(saved, config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "train.epochs",
+        "train.steps",
+        "train.save_every_epochs",
+        "optim.lr_per_256",
+        "optim.l2",
+        "data.data_dir",
+        "data.path",
+        "data.workers",
+        "model.lowering",
+        "model.depthwise_impl",
+        "model.remat",
+    ],
+)
+def test_what_does_not_change_the_state_may_change(tmp_path, iterator, key):
+    save(tmp_path, make_state(1), iterator)
+    state, _ = restore(tmp_path, iterator, config={key: "another"})
+    assert int(state.step) == 1
+
+
+def test_arrays_of_another_shape_are_refused(tmp_path, iterator):
+    save(tmp_path, make_state(1, width=4), iterator)
+    with pytest.raises(CheckpointMismatchError, match=r"was \['float32', .*\] and is .*8 arrays differ"):
+        restore(tmp_path, iterator, state=make_state(0, width=8))
+
+
+def test_read_checkpoint_names_every_leaf(tmp_path, iterator):
+    state = make_state(7)
+    save(tmp_path, state, iterator)
+    leaves, meta = read_checkpoint(tmp_path)
+    assert leaves["params.stem.conv.kernel"].tobytes() == np.asarray(state.params["stem"]["conv"]["kernel"]).tobytes()
+    assert leaves["step"] == 7
+    assert meta["shapes"].keys() == leaves.keys()
+    assert len(leaves) == len(jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_variables_are_the_averaged_ones_where_there_are_any(tmp_path, iterator, ema):
+    state = make_state(1, ema=ema)
+    save(tmp_path, state, iterator)
+    loaded, _ = load_variables(tmp_path)
+    expected = state.ema if ema else {"params": state.params, "batch_stats": state.batch_stats}
+    assert_same_bits(loaded, jax.tree.map(np.asarray, expected))
+
+
+def test_variables_of_what_is_no_run_are_refused(tmp_path, iterator):
+    with pytest.raises(FileNotFoundError, match="nowhere holds no checkpoints; valid: the workdir of a run"):
+        load_variables(tmp_path / "nowhere")
+    Checkpoints(tmp_path / "empty", keep=1).close()
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
+        load_variables(tmp_path / "empty")
+    save(tmp_path, make_state(1), iterator)
+    _truncate(tmp_path / "checkpoints" / "1" / "meta" / "metadata")
+    with pytest.raises(ValueError, match="checkpoints/1 is damaged"):
+        load_variables(tmp_path)
+
+
+def test_merge_takes_all_and_leaves_a_classifier_of_other_classes_fresh(caplog):
+    fresh, loaded = make_variables(classes=10, value=0.0), make_variables(classes=3, value=1.0)
+    with caplog.at_level(logging.INFO, logger="absl"):
+        merged = merge_variables(fresh, loaded, source="there")
+    assert "classifier starts afresh" in caplog.text
+    expected = make_variables(classes=10, value=1.0)
+    expected["params"]["classifier"]["kernel"][:] = 0.0
+    assert_same_bits(merged, expected)
+    same = make_variables(classes=10, value=1.0)
+    assert_same_bits(merge_variables(fresh, same, source="there"), same)
+
+
+def test_merge_refuses_another_network():
+    match = "init 'there' does not fit the model: 2 arrays .* first batch_stats/stem/norm/mean"
+    with pytest.raises(ValueError, match=match):
+        merge_variables(make_variables(width=4), make_variables(width=8), source="there")
