@@ -32,7 +32,6 @@ def make_schedule(optim_config, *, batch_size: int, steps_per_epoch: float, tota
     Raises:
       ValueError: a key of `config.optim` has an impossible value.
     """
-    check_config(optim_config)
     peak = optim_config.lr_per_256 * batch_size / 256
     warmup = optim_config.warmup_epochs * steps_per_epoch
     if warmup >= total_steps:
@@ -75,39 +74,58 @@ def make_optimizer(
     freeze_steps: int | None = None,
     layers: Sequence[str] = (),
 ) -> optax.GradientTransformation:
-    """The optimizer of `config.optim` for these parameters.
+    """Return the optimizer of `config.optim` for these parameters.
 
-    In this order: the gradients of what is trained are clipped by their global norm; `l2` adds l2 * w, the
-    gradient of l2 * sum(w^2) / 2; the optimizer proper makes its update, learning rate included;
-    `weight_decay` subtracts lr * weight_decay * w, as PyTorch's AdamW, past any momentum; the layer's power of
-    `layer_decay` scales all of it. The factors of `decay_rules` scale both decays. Frozen parameters get an update of
-    exactly 0 and have no optimizer state, unless they thaw: then it begins at that step, as a new one does.
+    It works in this order. It clips the gradients of what is trained by their global norm. It adds l2 * w, the
+    gradient of l2 * sum(w^2) / 2. The optimizer proper makes its update, learning rate included. Weight decay
+    subtracts lr * weight_decay * w, as PyTorch's AdamW does, past any momentum. The power of `layer_decay` of the layer
+    scales the sum. The factors of `decay_rules` scale both decays. Frozen parameters get an update of exactly 0 and
+    have no optimizer state. If they thaw, their state begins at that step, as that of a new optimizer.
 
     Args:
       optim_config: `config.optim`.
       params: tree of arrays or of `jax.ShapeDtypeStruct`.
       schedule: from `make_schedule`.
-      frozen: from `find_frozen`, where the caller has it already.
-      freeze_steps: updates after which frozen parameters thaw; their gradients are to be 0 until then. None: never.
-      layers: the first parts of the parameters' paths, from the stem to the classifier; needed where `layer_decay` is
+      frozen: tree of bools from `find_frozen`; None if nothing is frozen.
+      freeze_steps: the number of updates after which frozen parameters thaw; until then their gradients have to be 0.
+        None: they never thaw.
+      layers: the first parts of the parameters' paths, from the stem to the classifier. Needed if `layer_decay` is
         not 1.
 
     Returns:
       An optax transformation whose `update` needs the parameters. Its state holds arrays and nothing else.
 
     Raises:
-      ValueError: a key of `config.optim` has an impossible value, or a pattern matches no parameter.
+      ValueError: a pattern of `decay_rules` matches no parameter.
     """
-    check_config(optim_config)
+    clip = optax.clip_by_global_norm(optim_config.clip_norm) if optim_config.clip_norm else optax.identity()
+    make_stages = _plan_stages(optim_config, params, layers)
+    if frozen is None:
+        return optax.chain(clip, *make_stages(schedule))
+    labels = jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen)
+    if freeze_steps is None:
+        trained = optax.chain(clip, *make_stages(schedule))
+        return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+    thawing = _start_at(freeze_steps, schedule, make_stages)
+    return optax.chain(
+        clip, optax.partition({"trained": optax.chain(*make_stages(schedule)), "frozen": thawing}, labels)
+    )
+
+
+Stages = tuple[optax.GradientTransformation, ...]
+
+
+def _plan_stages(optim_config, params, layers: Sequence[str]) -> Callable[[optax.Schedule], Stages]:
+    """Return a function from a learning-rate schedule to the stages that turn gradients into updates.
+
+    Every stage is there whatever its strength, because the structure of the state, and so of a checkpoint, may depend
+    on `name`, `freeze` and `freeze_epochs` only.
+    """
     factors = match_rules(params, optim_config.decay_rules, key="optim.decay_rules")
     l2 = jax.tree.map(lambda factor: factor * optim_config.l2, factors)
     weight_decay = jax.tree.map(lambda factor: factor * optim_config.weight_decay, factors)
-    clip_norm = optim_config.clip_norm
-    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
 
-    def make_stages(schedule: optax.Schedule) -> tuple[optax.GradientTransformation, ...]:
-        # Every stage is there whatever its strength: the structure of the state, and so of a checkpoint, depends
-        # on `name`, `freeze` and `freeze_epochs` alone.
+    def make_stages(schedule: optax.Schedule) -> Stages:
         return (
             _add_params(l2, optax.constant_schedule(1.0)),
             OPTIMIZERS[optim_config.name](optim_config, schedule),
@@ -115,19 +133,15 @@ def make_optimizer(
             _scale_layers(layers, optim_config.layer_decay),
         )
 
-    if not optim_config.freeze:
-        return optax.chain(clip, *make_stages(schedule))
-    frozen = find_frozen(optim_config, params) if frozen is None else frozen
-    labels = jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen)
-    if freeze_steps is None:
-        trained = optax.chain(clip, *make_stages(schedule))
-        return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
-    # The optimizer of what thaws counts its own steps, from there on.
-    thawed = optax.chain(*make_stages(lambda step: schedule(step + freeze_steps)))
-    thawing = optax.conditionally_mask(thawed, lambda step, **_: jnp.greater_equal(step, freeze_steps))
-    return optax.chain(
-        clip, optax.partition({"trained": optax.chain(*make_stages(schedule)), "frozen": thawing}, labels)
-    )
+    return make_stages
+
+
+def _start_at(
+    first: int, schedule: optax.Schedule, make_stages: Callable[[optax.Schedule], Stages]
+) -> optax.GradientTransformation:
+    """Return the stages for parameters that thaw at step `first`: their optimizer counts its own steps from there."""
+    stages = make_stages(lambda step: schedule(step + first))
+    return optax.conditionally_mask(optax.chain(*stages), lambda step, **_: jnp.greater_equal(step, first))
 
 
 def find_frozen(optim_config, params):
@@ -249,43 +263,3 @@ def _name_leaves(tree) -> list[tuple[str, Any]]:
 
 def _join(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def check_config(optim_config) -> None:
-    """Checks all of `config.optim` that can be checked without the parameters.
-
-    Raises:
-      ValueError: the first key with an impossible value, what it is and what would be valid.
-    """
-    for key, names in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if optim_config[key] not in names:
-            raise ValueError(f"optim.{key} is {optim_config[key]!r}; valid are {', '.join(names)}")
-    for keys, is_valid, text in _VALID:
-        for key in keys:
-            if not is_valid(optim_config[key]):
-                raise ValueError(f"optim.{key} is {optim_config[key]}; valid is {text}")
-    for rule in optim_config.decay_rules:
-        match rule:
-            case [str(), int() | float() as factor] if factor >= 0:
-                continue
-        raise ValueError(f"optim.decay_rules: {rule!r} is not a pair of a pattern and a factor of 0 or more")
-    if not all(isinstance(pattern, str) for pattern in optim_config.freeze):
-        raise ValueError(f"optim.freeze is {optim_config.freeze!r}; valid is a tuple of patterns: ('^stem/',)")
-    epochs = optim_config.freeze_epochs
-    if epochs is not None and not (epochs >= 0 and optim_config.freeze):
-        raise ValueError(
-            f"optim.freeze_epochs is {epochs}, optim.freeze {tuple(optim_config.freeze)}; valid is 0 or more for the "
-            "patterns of optim.freeze, or none"
-        )
-
-
-_VALID: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("lr_per_256", "decay_epochs", "epsilon"), lambda value: value > 0, "a number above 0"),
-    (("warmup_epochs", "l2", "weight_decay", "clip_norm"), lambda value: value >= 0, "0 (none) or more"),
-    (
-        ("momentum", "rms_decay", "beta1", "beta2"),
-        lambda value: 0 <= value < 1,
-        "from 0 up to, not including, 1",
-    ),
-    (("decay_factor", "layer_decay"), lambda value: 0 < value <= 1, "above 0 and up to 1: 0.99 decays by 1%"),
-)

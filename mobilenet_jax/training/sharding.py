@@ -32,12 +32,6 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(devices or jax.devices()), (AXIS,))
 
 
-def check_batch_size(key: str, size: int, mesh: Mesh) -> None:
-    """Raise ValueError unless the mesh's devices get equal shares."""
-    if size % mesh.size:
-        raise ValueError(f"{key} is {size}; with {mesh.size} devices it must be a multiple of {mesh.size}")
-
-
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a global batch, as arrays split over the mesh in process order."""
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))

@@ -20,13 +20,13 @@ from PIL import Image
 from benchmarks import kill_resume
 from configs import base
 from mobilenet_jax.data.decode import UnreadableImageError
-from mobilenet_jax.data.loader import make_train_iterator
+from mobilenet_jax.data.loader import TrainIterator, make_train_iterator
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
-from mobilenet_jax.training import run as train
-from mobilenet_jax.training.config import flatten_config
+from mobilenet_jax.training import build, loop
+from mobilenet_jax.training.config import CARD_KEYS, flatten_config
 from mobilenet_jax.training.plan import make_plan, warn_of_slow_statistics
-from mobilenet_jax.training.run import NonFiniteError, Run, train_and_evaluate
+from mobilenet_jax.training.run import NonFiniteError, RefusedError, evaluate_run, prepare, train_and_evaluate
 from mobilenet_jax.training.sharding import make_mesh
 from mobilenet_jax.training.signals import StopSignals
 from mobilenet_jax.weights.card import HALF, Preprocessing, make_card
@@ -64,7 +64,7 @@ def make_config(**values) -> Any:
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(build, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def finished(tmp_path_factory) -> Path:
     """The workdir of a finished run of `make_config()`."""
     workdir = tmp_path_factory.mktemp("run") / "finished"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+        patch.setattr(build, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
         train_and_evaluate(make_config(), workdir)
     return workdir
 
@@ -83,14 +83,14 @@ def read_result(workdir: Path) -> dict:
 
 def send_at(monkeypatch, step: int, number: signal.Signals) -> None:
     """Have a signal come while `step` is being computed."""
-    original = Run._next_batch
+    original = TrainIterator.__next__
 
     def next_batch(self):
-        if int(self._state.step) == step - 1:
+        if self.get_state()["next_batch"] == step - 1:
             os.kill(os.getpid(), number)
         return original(self)
 
-    monkeypatch.setattr(Run, "_next_batch", next_batch)
+    monkeypatch.setattr(TrainIterator, "__next__", next_batch)
 
 
 def assert_same_run(first: Path, second: Path) -> None:
@@ -165,20 +165,24 @@ def test_result_is_that_of_the_last_step_and_of_the_averages(finished):
 
 
 def test_a_better_evaluation_before_the_last_is_not_the_result(tmp_path, monkeypatch):
-    original, tops = Run._evaluate_both, iter([0.99, 0.5])
+    original, tops = loop.make_evaluator, iter([0.99, 0.5])
 
-    def evaluate_both(self):
-        metrics = original(self) | {"eval/top1": next(tops)}
-        self._evaluation = metrics
-        return metrics
+    def make_evaluator(task, mesh):
+        evaluate = original(task, mesh)
 
-    monkeypatch.setattr(Run, "_evaluate_both", evaluate_both)
+        def with_top1(state):
+            found = evaluate(state)
+            return found._replace(metrics=found.metrics | {"eval/top1": next(tops)})
+
+        return with_top1
+
+    monkeypatch.setattr(loop, "make_evaluator", make_evaluator)
     result = train_and_evaluate(make_config(ema__decay=0.0, train__steps=8), tmp_path)
     assert (result["variables"], result["top1"]) == ("last", 0.5)
 
 
 def test_finished_run_gives_its_result_and_trains_nothing(finished, monkeypatch):
-    monkeypatch.setattr(Run, "_next_batch", lambda self: pytest.fail("a finished run trains"))
+    monkeypatch.setattr(TrainIterator, "__next__", lambda self: pytest.fail("a finished run trains"))
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert train_and_evaluate(make_config(), finished) == read_result(finished)
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
@@ -186,14 +190,13 @@ def test_finished_run_gives_its_result_and_trains_nothing(finished, monkeypatch)
 
 def test_evaluation_of_a_finished_run_gives_its_numbers_again(finished):
     last = read_metrics(finished)[-1]
-    with Run(make_config(), finished) as run:
-        found = run.evaluate()
+    found = evaluate_run(make_config(), finished)
     assert found == {"step": STEPS} | {k: v for k, v in last.items() if k.startswith(("eval/", "eval_ema/"))}
 
 
 def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
-    with Run(make_config(), tmp_path) as run, pytest.raises(FileNotFoundError, match="has no checkpoint to evaluate"):
-        run.evaluate()
+    with pytest.raises(FileNotFoundError, match="has no checkpoint to evaluate"):
+        evaluate_run(make_config(), tmp_path)
 
 
 # Stopping and continuing.
@@ -220,8 +223,8 @@ def test_trap_29_resumed_steps_do_not_repeat_the_first_ones_randomness(finished,
     with monkeypatch.context() as patch:
         send_at(patch, 4, signal.SIGTERM)
         train_and_evaluate(make_config(), tmp_path)
-    with Run(make_config(), tmp_path) as run:
-        batch = next(run._iterator)
+    with prepare(make_config(), tmp_path) as run:
+        batch = next(run.images.iterator)
     config = make_config()
     stream = make_train_iterator(config.data, seed=config.seed, process_index=0, process_count=1)
     batches = [next(stream) for _ in range(5)]
@@ -263,19 +266,19 @@ def test_kills_at_random_moments_leave_no_trace(tmp_path, monkeypatch):
 
 def break_step(monkeypatch, bad_step: int, change) -> None:
     """Have `change(state, sums)` come out of the compiled step `bad_step`."""
-    original = Run._compile
+    original = loop.compile_step
 
-    def compile_step(self, batch, key, **phase):
-        compiled = original(self, batch, key, **phase)
+    def compile_step(*arguments, **phase):
+        compiled, seconds = original(*arguments, **phase)
 
         def step(state, batch, key):
             done = int(state.step) + 1
             state, sums = compiled(state, batch, key)
             return change(state, sums) if done == bad_step else (state, sums)
 
-        return step
+        return step, seconds
 
-    monkeypatch.setattr(Run, "_compile", compile_step)
+    monkeypatch.setattr(loop, "compile_step", compile_step)
 
 
 def spoil(name: str):
@@ -323,9 +326,9 @@ def test_trap_20_an_override_of_the_batch_size_leaves_nothing_stale(tmp_path):
     plans, rates = [], []
     for batch_size in (32, 64):
         config = make_config(data__batch_size=batch_size, train__steps=None, train__epochs=2.0)
-        with Run(config, tmp_path / str(batch_size)) as run:
-            plans.append(run.plan)
-            rates.append(np.asarray(run.schedule(0)).item())
+        setup = build.build(config, tmp_path / str(batch_size))
+        plans.append(setup.plan)
+        rates.append(np.asarray(setup.schedule(0)).item())
     assert [plan.total_steps for plan in plans] == [90, 45]
     assert [plan.steps_per_epoch for plan in plans] == [1437 / 32, 1437 / 64]
     assert [(plan.eval_every, plan.save_every) for plan in plans] == [(7, 4), (3, 2)]
@@ -351,7 +354,7 @@ def test_trap_17_is_part_of_a_run_with_moving_statistics(tmp_path, caplog):
     slow: dict = {"model__bn_decay": 0.9997, "train__steps": 100}
     for freeze, warned in ((True, False), (False, True)):
         caplog.clear()
-        Run(make_config(**slow, train__freeze_stats=freeze), tmp_path).close()
+        build.build(make_config(**slow, train__freeze_stats=freeze), tmp_path)
         assert ("model.bn_decay = 0.9997" in caplog.text) == warned
 
 
@@ -380,7 +383,7 @@ def test_trap_17_is_part_of_a_run_with_moving_statistics(tmp_path, caplog):
 )
 def test_impossible_values_are_refused_before_anything_is_written(tmp_path, key, value, message):
     with pytest.raises(ValueError, match=message) as error:
-        Run(make_config(**{key: value}), tmp_path / "run")
+        train_and_evaluate(make_config(**{key: value}), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -390,22 +393,23 @@ def test_impossible_values_are_refused_before_anything_is_written(tmp_path, key,
 
 def test_init_takes_the_averages_of_another_run_and_evaluates_what_is_held_out(finished, tmp_path):
     config = make_config(init=str(finished), data__holdout=0.3)
-    with Run(config, tmp_path) as run:
+    with prepare(config, tmp_path) as run:
         source, _ = read_checkpoint(finished)
         for part in ("params", "batch_stats"):
-            for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(run._state, part)):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(run.start.state, part)):
                 name = f"ema.{part}.{jax.tree_util.keystr(path, simple=True, separator='.')}"
                 np.testing.assert_array_equal(np.asarray(leaf), source[name])
-        assert run.start_step == 0
-        assert run.info.train_count + run.info.eval_count == 1437
-        assert run.evaluate()["eval/count"] == run.info.eval_count == pytest.approx(0.3 * 1437, abs=10)
+    info = run.setup.info
+    assert run.start.step == 0
+    assert info.train_count + info.eval_count == 1437
+    assert evaluate_run(config, tmp_path)["eval/count"] == info.eval_count == pytest.approx(0.3 * 1437, abs=10)
 
 
 def test_init_of_another_width_or_of_nothing_is_refused(finished, tmp_path):
-    with pytest.raises(ValueError, match="does not fit the model"):
-        Run(make_config(init=str(finished), model__width=0.25), tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"there are no weights .*nothing; valid: a file"):
-        Run(make_config(init=str(tmp_path / "nothing")), tmp_path)
+    with pytest.raises(RefusedError, match="does not fit the model"):
+        train_and_evaluate(make_config(init=str(finished), model__width=0.25), tmp_path)
+    with pytest.raises(RefusedError, match=r"there are no weights .*nothing; valid: a file"):
+        train_and_evaluate(make_config(init=str(tmp_path / "nothing")), tmp_path)
 
 
 def test_init_takes_a_file_of_another_framework_if_its_sums_are_the_models(tmp_path):
@@ -419,14 +423,14 @@ def test_init_takes_a_file_of_another_framework_if_its_sums_are_the_models(tmp_p
     with pytest.raises(
         ValueError, match=r"padding symmetric and bn_epsilon 1e-05, .*set model.convention to torchvision"
     ):
-        Run(make_config(**here), tmp_path / "run")
-    with Run(make_config(**here, model__convention="torchvision"), tmp_path / "run") as run:
+        train_and_evaluate(make_config(**here), tmp_path / "run")
+    with prepare(make_config(**here, model__convention="torchvision"), tmp_path / "run") as run:
         for found, expected in zip(
-            jax.tree.leaves(run._state.params), jax.tree.leaves(variables["params"]), strict=True
+            jax.tree.leaves(run.start.state.params), jax.tree.leaves(variables["params"]), strict=True
         ):
             np.testing.assert_array_equal(np.asarray(found), expected)
     with pytest.raises(ValueError, match="does not fit torchvision/mobilenet_v3_small"):
-        Run(make_config(**here, init_name="torchvision/mobilenet_v3_small"), tmp_path / "run")
+        train_and_evaluate(make_config(**here, init_name="torchvision/mobilenet_v3_small"), tmp_path / "run")
 
 
 def test_a_run_is_weights_with_a_card(finished):
@@ -452,20 +456,22 @@ def test_a_run_is_weights_with_a_card(finished):
 def test_init_starts_a_classifier_of_other_classes_afresh(finished, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="absl")
     config = make_config(init=str(finished), data__source="fake:64", data__num_classes=4)
-    with Run(config, tmp_path) as run:
-        assert run._state.params["classifier"]["kernel"].shape[-1] == 4
+    with prepare(config, tmp_path) as run:
+        assert run.start.state.params["classifier"]["kernel"].shape[-1] == 4
     assert "classifier starts afresh" in caplog.text
 
 
 def test_frozen_parts_stay_as_they_were(tmp_path):
     config = make_config(optim__freeze=("^stem/", "^block_"), train__steps=2, optim__l2=0.1)
-    with Run(config, tmp_path) as run:
-        # The step donates its state.
-        before = jax.tree.map(np.array, run._state.params)
-        run.train()
-        after = run._state.params
+    with prepare(config, tmp_path) as run:
+        before = jax.tree.map(np.array, run.start.state.params)
+    train_and_evaluate(config, tmp_path)
+    after, _ = read_checkpoint(tmp_path)
     for name, part in before.items():
-        same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (part, after[name])), strict=True)]
+        same = [
+            np.array_equal(leaf, after[f"params.{name}.{jax.tree_util.keystr(path, simple=True, separator='.')}"])
+            for path, leaf in jax.tree_util.tree_leaves_with_path(part)
+        ]
         assert all(same) == name.startswith(("stem", "block_")), name
 
 
@@ -492,7 +498,7 @@ def phases(tmp_path_factory) -> Path:
     """The workdir of a finished run whose layers thaw after 4 of 12 steps."""
     workdir = tmp_path_factory.mktemp("run") / "phases"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+        patch.setattr(build, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
         train_and_evaluate(make_config(**PHASES), workdir)
     return workdir
 
@@ -507,7 +513,7 @@ def stop_after(monkeypatch, workdir: Path, step: int, config) -> dict[str, np.nd
 
 def test_all_but_the_classifier_stay_to_the_bit_and_then_all_move(phases, tmp_path, monkeypatch):
     config = make_config(**PHASES)
-    fresh = init_variables(train.build_model(config, train.describe(config.data)), seed=0)
+    fresh = init_variables(build.build_model(config, build.describe(config.data)), seed=0)
     start = {
         f"{part}.{jax.tree_util.keystr(path, simple=True, separator='.')}": leaf
         for part in ("params", "batch_stats")
@@ -555,15 +561,14 @@ def probe(finished, tmp_path_factory) -> Path:
     """The workdir of a finished linear probe of `finished` on other digits than it was trained on."""
     workdir = tmp_path_factory.mktemp("run") / "probe"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+        patch.setattr(build, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
         train_and_evaluate(make_probe_config(init=str(finished)), workdir)
     return workdir
 
 
 def test_a_probe_evaluates_on_features_as_the_whole_network_does_on_images(finished, probe):
     last = read_metrics(probe)[-1]
-    with Run(make_probe_config(init=str(finished)), probe) as run:
-        found = run.evaluate()
+    found = evaluate_run(make_probe_config(init=str(finished)), probe)
     for name in ("eval", "eval_ema"):
         assert found[f"{name}/top1"] == last[f"{name}/top1"]
         assert found[f"{name}/loss"] == pytest.approx(last[f"{name}/loss"], rel=1e-5)
@@ -598,7 +603,7 @@ def test_trap_27_a_probe_continues_to_the_same_bits(finished, probe, tmp_path, m
 )
 def test_a_probe_of_what_changes_is_refused(tmp_path, key, value, message):
     with pytest.raises(ValueError, match=message):
-        Run(make_probe_config(**{key: value}), tmp_path / "run")
+        train_and_evaluate(make_probe_config(**{key: value}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -619,31 +624,31 @@ def make_card_file(path: Path) -> Path:
     return path
 
 
-FROM_CARD: dict = {key.replace(".", "__"): None for key in train.CARD_KEYS}
+FROM_CARD: dict = {key.replace(".", "__"): None for key in CARD_KEYS}
 
 
 def test_trap_24_network_and_preprocessing_are_those_of_the_weights_unless_set(tmp_path, caplog):
     weights = make_card_file(tmp_path / "w.safetensors")
     config = make_config(**{**FROM_CARD, "model__stride_one": (), "init": str(weights), "data__crop_share": 0.8})
-    with Run(config, tmp_path / "run") as run:
-        data, saved = run.config.data, run._flat_config
+    with prepare(config, tmp_path / "run") as run:
+        data, saved = run.setup.config.data, run.setup.flat_config
         assert (data.image_size, data.crop_share, data.interpolation) == (40, 0.8, "bicubic")
         assert (tuple(data.mean), tuple(data.std)) == ((100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
         assert (
-            run.model.spec
+            run.setup.model.spec
             == create_model(
                 "mobilenet_v3_small", width=0.35, num_classes=10, convention="torchvision", dropout=0.2, bn_decay=0.9
             ).spec
         )
-        assert None not in [saved[key] for key in train.CARD_KEYS]
-        assert run._state.params["classifier"]["kernel"].shape[-1] == 10
+        assert None not in [saved[key] for key in CARD_KEYS]
+        assert run.start.state.params["classifier"]["kernel"].shape[-1] == 10
     assert "was trained with other preprocessing: data.crop_share is 0.8, there 0.9" in caplog.text
     assert config.data.image_size is None  # the caller's config is as it was
 
 
 def test_a_config_that_follows_weights_needs_some(tmp_path):
     with pytest.raises(ValueError, match=r"model\.name, .* are none: as the weights have them; set init") as error:
-        Run(make_config(**FROM_CARD), tmp_path / "run")
+        train_and_evaluate(make_config(**FROM_CARD), tmp_path / "run")
     assert "\n" not in str(error.value)
 
 
