@@ -19,11 +19,11 @@ from mobilenet_jax.training.validate import check_data
 
 
 class Evaluation(NamedTuple):
-    """What was counted on a data set."""
+    """The counts of an evaluation."""
 
     metrics: dict[str, float]  # loss, top1, top5, ece, count
-    classes: np.ndarray  # int [2, K]: images of each class, and those of them answered right
-    confusion: np.ndarray | None  # int [K, K]: true classes in rows, predicted ones in columns; up to 100 classes
+    classes: np.ndarray  # int [2, K]: images of each class, and the correct answers among them
+    confusion: np.ndarray | None  # int [K, K]: true classes in rows, predicted classes in columns; up to 100 classes
 
 
 def evaluate(
@@ -94,15 +94,15 @@ def make_evaluator(task: Task, mesh: Mesh) -> Callable[[TrainState], StateEvalua
 
 
 def evaluate_weights(weights: tuple[MobileNet, dict, dict], data_config) -> dict:
-    """{"weights", "data", metrics of `Evaluation`, "class_accuracy": {name: share or None}} of any weights, as JSON.
+    """Return {"weights", "data", metrics of `Evaluation`, "class_accuracy": {name: share or None}}, as JSON.
 
     Args:
       weights: (model, variables, card) of `load_weights`.
-      data_config: config.data of configs/base.py; its evaluation split is read, prepared as it says. The share of a
-        class without an image is None.
+      data_config: config.data of configs/base.py. Its evaluation split is read, and prepared by its keys. The share of
+        a class without an image is None.
 
     Raises:
-      ValueError: classes that are not the weights', images too small for them, or an impossible config.
+      ValueError: the data has other classes than the weights, the images are too small, or the config is impossible.
       UnreadableImageError: an image that cannot be decoded.
     """
     model, variables, card = weights
@@ -110,7 +110,7 @@ def evaluate_weights(weights: tuple[MobileNet, dict, dict], data_config) -> dict
     check_data(data_config, device_count=mesh.size, process_count=jax.process_count())
     source = open_source(data_config, eval_split(data_config))
     order = match_classes(card["class_names"], model.spec.num_classes, source.class_names, data=source.name)
-    compute_cost(model.spec, data_config.image_size)  # says so if the image is too small
+    compute_cost(model.spec, data_config.image_size)  # raises ValueError if the image is too small
     params = {**variables["params"]}
     params["classifier"] = {name: leaf[..., order] for name, leaf in params["classifier"].items()}
     step = functools.partial(eval_step, model=model, mean=data_config.mean, std=data_config.std)
@@ -124,11 +124,10 @@ def evaluate_weights(weights: tuple[MobileNet, dict, dict], data_config) -> dict
 
 
 def match_classes(known: Sequence[str] | None, count: int, names: Sequence[str], *, data: str) -> list[int]:
-    """Which of the weights' `count` classes each class of the data is, by name where the weights know theirs.
+    """Return, for each class of the data, the index of the same class among the `count` classes of the weights.
 
-    Folders of ImageNet are called by WordNet's numbers, and the order of these is that of the classes.
-
-    Raises ValueError unless they are the same classes.
+    Classes are matched by name if the weights know their names. Folders of ImageNet are named by WordNet numbers, whose
+    order is the order of the classes. Raises ValueError unless data and weights have the same classes.
     """
     if len(names) != count:
         raise ValueError(f"{data} has {len(names)} classes and the weights {count}; they must be the same classes")

@@ -1,7 +1,7 @@
 """Learning-rate schedules and optimizers from `config.optim`, and rules on parameter paths.
 
-Everything is optax underneath; what is added is the arithmetic of the recipes: TensorFlow's RMSProp, stairs
-counted from the first step, decay by rules on paths.
+Everything is optax underneath. This module adds the arithmetic of the recipes: TensorFlow's RMSProp, a staircase
+counted from the first step, and decay by rules on paths.
 """
 
 import re
@@ -15,10 +15,10 @@ from absl import logging
 
 
 def make_schedule(optim_config, *, batch_size: int, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
-    """The learning rate at each step, counted from 0.
+    """Return the learning rate as a function of the step, counted from 0.
 
-    The peak is lr_per_256 * batch_size / 256 (the linear rule of 1706.02677). The warm-up is linear from 0 to
-    what the schedule has where the warm-up ends, as `LinearWarmup` of TensorFlow's official models: no jump.
+    The peak is lr_per_256 * batch_size / 256 (the linear rule of 1706.02677). The warm-up is linear from 0 to the value
+    of the schedule at the end of the warm-up, so there is no jump (`LinearWarmup` of TensorFlow's official models).
 
     Args:
       optim_config: `config.optim`.
@@ -28,9 +28,6 @@ def make_schedule(optim_config, *, batch_size: int, steps_per_epoch: float, tota
 
     Returns:
       A function from a step (int or traced) to a learning rate, float32.
-
-    Raises:
-      ValueError: a key of `config.optim` has an impossible value.
     """
     peak = optim_config.lr_per_256 * batch_size / 256
     warmup = optim_config.warmup_epochs * steps_per_epoch
@@ -56,8 +53,8 @@ def _constant(_, peak, *__) -> optax.Schedule:
     return optax.constant_schedule(peak)
 
 
-# From (config.optim, peak, warm-up steps, steps per epoch, steps in all) to the schedule behind the warm-up,
-# as a function of the step since the start of training.
+# Each function takes (config.optim, peak, warm-up steps, steps per epoch, total steps) and returns the schedule after
+# the warm-up, as a function of the step since the start of training.
 SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
     "cosine": _cosine,
     "staircase": _staircase,
@@ -145,9 +142,9 @@ def _start_at(
 
 
 def find_frozen(optim_config, params):
-    """A tree of the structure of `params`: whether `optim.freeze` has the parameter.
+    """Return a tree of bools like `params`: true for the parameters that `optim.freeze` names.
 
-    Raises ValueError for a pattern that matches nothing, and if all match.
+    Raises ValueError if a pattern matches nothing, or if all parameters match.
     """
     rules = [(pattern, "frozen") for pattern in optim_config.freeze] + [(".*", "trained")]
     labels = match_rules(params, rules, key="optim.freeze")
@@ -157,8 +154,8 @@ def find_frozen(optim_config, params):
 
 
 def _rmsprop(optim_config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    # As tf.compat.v1.train.RMSPropOptimizer: the accumulator starts at 1, epsilon is inside the root and the
-    # learning rate inside the momentum.
+    # tf.compat.v1.train.RMSPropOptimizer: the accumulator starts at 1, epsilon is inside the root, and the learning
+    # rate is inside the momentum.
     return optax.rmsprop(
         schedule,
         optim_config.rms_decay,
@@ -177,7 +174,7 @@ def _adam(optim_config, schedule: optax.Schedule) -> optax.GradientTransformatio
     return optax.adam(schedule, optim_config.beta1, optim_config.beta2, optim_config.epsilon)
 
 
-# The weight decay that makes Adam AdamW is added by `make_optimizer`, as for the other two.
+# `make_optimizer` adds the weight decay that turns Adam into AdamW, as it does for the other two.
 OPTIMIZERS: dict[str, Callable[[Any, optax.Schedule], optax.GradientTransformation]] = {
     "rmsprop": _rmsprop,
     "sgd": _sgd,
@@ -186,9 +183,9 @@ OPTIMIZERS: dict[str, Callable[[Any, optax.Schedule], optax.GradientTransformati
 
 
 def _add_params(factors, coefficient: optax.Schedule) -> optax.GradientTransformation:
-    """Adds coefficient(step) * factor * w to the update of each parameter w whose factor is not 0.
+    """Return a stage that adds coefficient(step) * factor * w to the update of each parameter w with a factor not 0.
 
-    The factors are looked up by path because under `optax.partition` the tree has holes where it is frozen.
+    The factors are looked up by path, because under `optax.partition` the tree has holes at frozen parameters.
     """
     by_path = dict(_name_leaves(factors))
 
@@ -210,7 +207,7 @@ def _add_params(factors, coefficient: optax.Schedule) -> optax.GradientTransform
 
 
 def _scale_layers(layers: Sequence[str], decay: float) -> optax.GradientTransformation:
-    """Multiplies the updates of a layer by decay^n if n layers are above it (1801.06146, sec. 3.2)."""
+    """Return a stage that scales the updates of a layer by decay^n for n layers above it (1801.06146, sec. 3.2)."""
     rates = {name: decay**above for above, name in enumerate(reversed(layers))}
 
     def update(updates, _):
@@ -220,20 +217,19 @@ def _scale_layers(layers: Sequence[str], decay: float) -> optax.GradientTransfor
 
 
 def match_rules(params, rules: Sequence[tuple[str, Any]], *, key: str):
-    """Gives each parameter the value of the first rule whose pattern is found in its path.
+    """Give each parameter the value of the first rule whose pattern is found in its path.
 
     Args:
       params: tree of arrays or of anything with a `size`.
-      rules: (pattern, value) pairs; `re.search` looks for the pattern in paths as
-        "block_03/expand/conv/kernel".
-      key: of the config, for the errors and the log, which has a line for each rule with what it matched.
+      rules: (pattern, value) pairs; `re.search` looks for the pattern in paths such as "block_03/expand/conv/kernel".
+      key: the key of the config, for errors and for the log, which gets one line per rule.
 
     Returns:
-      A tree of the structure of `params` with the values as its leaves.
+      A tree like `params`, with the values as leaves.
 
     Raises:
-      ValueError: a pattern is no regular expression, a parameter matches no rule, or those before it leave a
-        rule no parameter; only the catch-all ".*" may match nothing.
+      ValueError: a pattern is no regular expression, a parameter matches no rule, or a rule gets no parameter because
+        the rules before it take them all. Only the catch-all ".*" may match nothing.
     """
     try:
         patterns = [re.compile(pattern) for pattern, _ in rules]
