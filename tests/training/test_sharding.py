@@ -267,7 +267,7 @@ def start(workdir: Path, *, steps: int, processes: int) -> list[subprocess.Popen
     command += ["--workdir", str(workdir), "--compilation_cache", str(workdir.parent / "cache")]
     if processes > 1:
         command += ["--coordinator_address", f"127.0.0.1:{free_port()}", "--num_processes", str(processes)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "training")])
     env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
     ids = [["--process_id", str(i)] if processes > 1 else [] for i in range(processes)]
