@@ -55,6 +55,10 @@ class NonFiniteError(RuntimeError):
     """Training stopped because the loss, its gradient or the state is not finite any more."""
 
 
+class RefusedError(ValueError):
+    """A run that cannot start, because its config, data set or checkpoint does not fit."""
+
+
 # Keys of a config that may be none, and where the card of the weights that the run starts from has their values.
 CARD_KEYS = {
     "model.name": ("model",),
@@ -561,6 +565,13 @@ def _check_only_classifier(frozen, params) -> None:
 
 
 def train_and_evaluate(config, workdir: str | Path) -> dict:
-    """Train a config in a workdir, or continue there, and return the result (see `Run.train`)."""
-    with Run(config, workdir) as run:
+    """Train a config in a workdir, or continue there, and return the result (see `Run.train`).
+
+    Raises RefusedError, before anything is written, for a config, data set or checkpoint that does not fit.
+    """
+    try:
+        run = Run(config, workdir)
+    except (ValueError, OSError) as error:
+        raise RefusedError(str(error)) from error
+    with run:
         return run.train()
