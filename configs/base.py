@@ -1,8 +1,8 @@
-"""Every key of a training config with its unit, before any recipe sets it.
+"""All keys of a training config, with their units and default values.
 
-A recipe (`v1.py`, `v2.py`, ...) starts from here and changes what its paper states; `datasets.py` holds what
-a data set needs. Nothing derived is stored: steps, scaled learning rates and channel counts are computed when the
-run starts, so an override never leaves a stale value. A key that is not here does not exist: overriding it is an error.
+A recipe (`v1.py`, `v2.py`, ...) starts from this config and sets the values of its paper; `datasets.py` sets the values
+that a data set needs. Nothing derived is stored: steps, scaled learning rates and channel counts are computed when the
+run starts, so an override never leaves a stale value. It is an error to override a key that is not listed here.
 """
 
 import ml_collections
@@ -12,114 +12,115 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ml_collections.ConfigDict:
     """A complete config: MobileNetV2 on the embedded digits, plain SGD."""
     config = ml_collections.ConfigDict()
-    config.name = "mobilenet_v2"  # of the run; the default workdir is runs/NAME
-    config.seed = 0  # of initialisation, shuffling, augmentation, dropout
-    config.parallel = "jit"  # jit: statistics over the global batch | pmap: per-device statistics
+    config.name = "mobilenet_v2"  # name of the run; the default workdir is runs/NAME
+    config.seed = 0  # for initialisation, shuffling, augmentation and dropout
+    config.parallel = "jit"  # batch-norm statistics over: jit: the global batch | pmap: the batch of each device
     config.init = ""  # initial weights: a file, the workdir of a run, or a name to download; empty: random
-    config.init_name = ""  # the model in that file, as timm/tf_mobilenetv3_large_100, where its tensors do not say it
+    config.init_name = ""  # the model in that file, such as timm/tf_mobilenetv3_large_100, if its tensors fit several
 
     model = config.model = ml_collections.ConfigDict()
-    # Where name, width, convention or data.image_size, crop_share, interpolation, squash, mean or std is none, it is
-    # that of the card of `init`, as in transfer.py.
-    model.name = "mobilenet_v2"  # a name of `python -m mobilenet_jax.summary --list`
-    model.width = 1.0  # width multiplier, by the rule of the model's paper and convention
+    # If one of name, width, convention, data.image_size, crop_share, interpolation, squash, mean and std is none, its
+    # value is taken from the card of the weights in `init`; transfer.py uses this.
+    model.name = "mobilenet_v2"  # a name that `python -m mobilenet_jax.summary --list` prints
+    model.width = 1.0  # width multiplier; the paper and the convention of the model define its rounding
     model.convention = "keras"  # keras | timm | timm_tf | torchvision: padding, epsilon, width rule, head
-    model.num_classes = placeholder(int)  # none: as many as the data set has
-    model.lowering = "auto"  # auto: fast formulations of the same network | plain: as a textbook writes it
+    model.num_classes = placeholder(int)  # none: the number of classes of the data set
+    model.lowering = "auto"  # auto: the fastest program for the platform | plain: the program of a textbook
     model.depthwise_impl = "auto"  # auto | feature_group_count | shifted_sum
-    model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters and statistics are float32
-    model.remat = False  # recompute the blocks in the backward pass: less memory, about a third more time
-    model.stride_one = ()  # which stride-2 rows, counted from the stem (0), run at stride 1: small images
-    model.output_stride = placeholder(int)  # 8 | 16 | 32: later strides become dilations; none: as the table
-    model.activation = placeholder(str)  # relu | relu6 | hard_swish | gelu everywhere; none: as the table has it
-    model.hard_swish_from = placeholder(int)  # first block with hard-swish, those before it ReLU; none: the table's
-    model.projection_activation = placeholder(str)  # linear | relu6; none: linear, the paper's bottleneck
-    model.shortcut = placeholder(str)  # bottleneck | expansion | none (the string); unset: bottleneck
-    model.sum_activation = placeholder(str)  # linear | relu6, behind a residual's sum; none: linear
+    model.dtype = "float32"  # float32 | bfloat16, for computation; parameters and statistics are always float32
+    model.remat = False  # recompute blocks in the backward pass: less memory, about a third more time
+    model.stride_one = ()  # stride-2 rows, counted from the stem (0), that get stride 1, for small images
+    model.output_stride = placeholder(int)  # 8 | 16 | 32: later strides become dilations; none: strides of the table
+    model.activation = placeholder(str)  # relu | relu6 | hard_swish | gelu everywhere; none: the table's
+    model.hard_swish_from = placeholder(int)  # first block with hard-swish, ReLU before it; none: the table's
+    model.projection_activation = placeholder(str)  # linear | relu6, after the projection; none: linear
+    model.shortcut = placeholder(str)  # bottleneck | expansion | 'none' (no shortcuts); none: bottleneck
+    model.sum_activation = placeholder(str)  # linear | relu6, after the sum of a residual; none: linear
     model.expansion = placeholder(float)  # expansion factor of every row that expands; none: the table's
-    model.se_ratio = placeholder(float)  # squeeze-excite width over expanded width; 0 removes; none: table
+    model.se_ratio = placeholder(float)  # squeeze-excite width over expanded width; 0: without; none: the table's
     model.se_rounding = placeholder(str)  # div8 | int; none: div8
     model.se_gate = placeholder(str)  # hard_sigmoid | sigmoid | hard_swish; none: hard_sigmoid
     # regular | separable | linear_bottleneck | inverted_residual (1801.04381 Fig. 2); none: the table's
     model.block_form = placeholder(str)
-    model.shallow = placeholder(bool)  # leave out the longest run of equal blocks; none: all stay
-    model.head_width = placeholder(int)  # channels of the last layer before the classifier; none: table
-    model.init = "he"  # he (torchvision, timm) | slim (truncated normal)
-    model.dropout = 0.2  # share of the classifier's input dropped
+    model.shallow = placeholder(bool)  # leave out the longest run of equal blocks; none: keep all
+    model.head_width = placeholder(int)  # channels of the last layer before the classifier; none: the table's
+    model.init = "he"  # initial kernels: he (torchvision, timm) | slim (truncated normal)
+    model.dropout = 0.2  # share of the classifier's input that is dropped in training
     model.drop_path = 0.0  # stochastic depth: drop rate of the last residual block, rising linearly
     model.drop_path_flat = False  # the same drop rate for every residual block instead
-    model.bn_decay = 0.9  # share of the running statistics kept at each step
-    model.bn_epsilon = placeholder(float)  # none: the convention's
+    model.bn_decay = 0.9  # share of the running statistics that each step keeps
+    model.bn_epsilon = placeholder(float)  # none: the value of the convention
 
     data = config.data = ml_collections.ConfigDict()
     data.source = "digits"  # digits | tfds:NAME | folder | fake:N
-    data.data_dir = ""  # of tfds: the folder that holds the prepared sets; empty: TFDS' own default
-    data.path = ""  # of folder: the folder of train/CLASS/*.jpg, or of CLASS/*.jpg
-    data.num_classes = 1000  # of fake alone
+    data.data_dir = ""  # for tfds: the folder of the prepared data sets; empty: the default of TFDS
+    data.path = ""  # for folder: a folder with train/CLASS/*.jpg, or with CLASS/*.jpg
+    data.num_classes = 1000  # for fake: the number of classes
     data.image_size = 32  # pixels, height and width, of training and evaluation
-    data.batch_size = 64  # images a step, over all devices and hosts
-    data.eval_batch_size = 256  # images an evaluation step, over all devices and hosts
-    data.on_error = "stop"  # stop | skip: what training does at an unreadable image; evaluation stops
-    data.holdout = 0.0  # share of train kept out of training; above 0 it is what evaluation sees
-    data.workers = 0  # Grain worker processes; 0: threads of this process
-    data.crop = "resize"  # of training images: inception | pad (shift by up to data.pad) | resize
+    data.batch_size = 64  # images per step, over all devices and hosts
+    data.eval_batch_size = 256  # images per evaluation step, over all devices and hosts
+    data.on_error = "stop"  # stop | skip, when training meets an unreadable image; evaluation always stops
+    data.holdout = 0.0  # share of the training images held out; if above 0, evaluation uses these images
+    data.workers = 0  # number of Grain worker processes; 0: threads of this process
+    data.crop = "resize"  # of training images: inception | pad (shift by at most data.pad) | resize
     data.area_range = (0.08, 1.0)  # inception crop: share of the image's area
     data.aspect_range = (3 / 4, 4 / 3)  # inception crop: width over height
-    data.pad = 4  # pixels, of crop="pad"
+    data.pad = 4  # pixels, for crop="pad"
     data.flip = False  # horizontal flip of half the training images
-    data.color_jitter = 0.0  # strength of brightness, contrast and saturation changes: factor in 1 +- strength
-    data.randaugment_layers = 0  # operations an image; 0: none
-    data.randaugment_magnitude = 9  # 0..10
+    data.color_jitter = 0.0  # brightness, contrast and saturation change by factors in 1 +- this
+    data.randaugment_layers = 0  # operations per image; 0: none
+    data.randaugment_magnitude = 9  # strength of the operations, 0..10
     data.randaugment_probability = 0.5  # of each operation
     data.erasing = 0.0  # probability of random erasing
     data.mixup = 0.0  # alpha of Beta(alpha, alpha); 0: off
-    data.cutmix = 0.0  # alpha of Beta(alpha, alpha); 0: off; with mixup, one of the two is drawn for each step
-    data.mix_probability = 1.0  # share of the steps that mix at all
-    data.crop_share = 1.0  # evaluation: centre crop's side over the resized shorter side
+    data.cutmix = 0.0  # alpha of Beta(alpha, alpha); 0: off; if mixup is on too, each step draws one of them
+    data.mix_probability = 1.0  # share of the steps that use mixup or cutmix
+    data.crop_share = 1.0  # evaluation: side of the centre crop over the shorter side of the resized image
     data.interpolation = "bilinear"  # bilinear | bicubic, antialiased | nearest (inception crops: bilinear)
-    data.squash = False  # evaluation: resize both sides alike, whatever the image's aspect, as Keras does
+    data.squash = False  # evaluation: resize to a square and ignore the aspect ratio, as Keras does
     data.mean = (127.5, 127.5, 127.5)  # grey levels, 0..255
-    data.std = (127.5, 127.5, 127.5)  # grey levels
+    data.std = (127.5, 127.5, 127.5)  # grey levels, 0..255
 
     train = config.train = ml_collections.ConfigDict()
     train.epochs = 10.0  # passes over the training set; may be a fraction
-    train.steps = placeholder(int)  # instead of epochs, where set
-    train.label_smoothing = 0.0
-    train.accumulate = 1  # micro-batches a step is computed in, one after the other
-    train.freeze_stats = False  # batch norm uses its running statistics in training too, and keeps them
-    # Passes over the training images that measure the batch-norm statistics anew at the run's end; 0: the running ones
-    # stay. May be a fraction.
+    train.steps = placeholder(int)  # number of steps; if set, it replaces epochs
+    train.label_smoothing = 0.0  # share of the label spread over all classes
+    train.accumulate = 1  # number of micro-batches that a step is split into
+    train.freeze_stats = False  # use the running statistics in training too, and do not update them
+    # Passes over the training images, at the end of the run, that measure the batch-norm statistics and replace the
+    # running statistics; 0: keep the running statistics. May be a fraction.
     train.recompute_stats_epochs = 0.0
-    train.cache_features = False  # run every image through the network once and train the classifier on what comes out
-    train.log_every_steps = 10
-    train.diagnose_every_steps = 0  # count dead depthwise filters and variances near 0 in the metrics; 0: never
-    train.eval_every_epochs = 1.0
-    train.save_every_epochs = 1.0
-    train.keep_checkpoints = 2  # the newest N
+    train.cache_features = False  # compute the features of each image once, and train the classifier on them
+    train.log_every_steps = 10  # steps
+    train.diagnose_every_steps = 0  # steps between counts of dead depthwise filters in the metrics; 0: never
+    train.eval_every_epochs = 1.0  # epochs; 0: only at the end
+    train.save_every_epochs = 1.0  # epochs between checkpoints; 0: only at the end
+    train.keep_checkpoints = 2  # number of newest checkpoints to keep
 
     optim = config.optim = ml_collections.ConfigDict()
     optim.name = "sgd"  # rmsprop (as TensorFlow computes it) | sgd | adamw
-    optim.lr_per_256 = 0.1  # peak learning rate for 256 images a step; scaled linearly by the batch size
+    optim.lr_per_256 = 0.1  # peak learning rate for 256 images per step; scaled linearly with the batch size
     optim.schedule = "cosine"  # cosine (to 0) | staircase | constant
-    optim.warmup_epochs = 0.0  # linear from 0
-    optim.decay_factor = 0.98  # staircase: factor ...
-    optim.decay_epochs = 1.0  # ... every so many epochs, counted from the first step
-    optim.momentum = 0.9  # rmsprop, sgd
-    optim.nesterov = False  # sgd
-    optim.rms_decay = 0.9  # rmsprop
-    optim.beta1 = 0.9  # adamw
-    optim.beta2 = 0.999  # adamw
-    optim.epsilon = 1e-8  # adamw: beside the root; rmsprop: inside it
-    optim.l2 = 0.0  # L2 in the loss: l2 * sum(w^2) / 2
-    optim.weight_decay = 0.0  # decoupled, times the learning rate
-    # (pattern, factor) on parameter paths, first match wins: scales l2 and weight_decay
+    optim.warmup_epochs = 0.0  # length of a linear warm-up from 0
+    optim.decay_factor = 0.98  # staircase: the learning rate is multiplied by this ...
+    optim.decay_epochs = 1.0  # ... each time this many epochs have passed since the first step
+    optim.momentum = 0.9  # rmsprop, sgd: share of the momentum that each step keeps
+    optim.nesterov = False  # sgd: Nesterov momentum
+    optim.rms_decay = 0.9  # rmsprop: share of the mean square that each step keeps
+    optim.beta1 = 0.9  # adamw: share of the mean that each step keeps
+    optim.beta2 = 0.999  # adamw: share of the mean square that each step keeps
+    optim.epsilon = 1e-8  # adamw: added to the root; rmsprop: added inside the root
+    optim.l2 = 0.0  # the loss gets l2 * sum(w^2) / 2
+    optim.weight_decay = 0.0  # decoupled from the gradient; multiplied by the learning rate
+    # (pattern, factor) for parameter paths; the first match scales l2 and weight_decay
     optim.decay_rules = (("kernel$", 1.0), (".*", 0.0))
-    optim.freeze = ()  # patterns of parameter paths that are not trained
-    # Epochs after which what `freeze` names is trained too; until then batch norm keeps its statistics. none: never.
+    optim.freeze = ()  # patterns of the parameter paths that are not trained
+    # Epochs after which the parameters of `freeze` are trained too; until then the running statistics stay unchanged.
+    # none: never.
     optim.freeze_epochs = placeholder(float)
-    optim.layer_decay = 1.0  # each layer's learning rate over that of the layer above it; the classifier has all of it
-    optim.clip_norm = 0.0  # largest global gradient norm; 0: no clipping
+    optim.layer_decay = 1.0  # learning rate of a layer over that of the next layer; the classifier has the full rate
+    optim.clip_norm = 0.0  # clip the global gradient norm to this; 0: no clipping
 
     config.ema = ml_collections.ConfigDict()
-    config.ema.decay = 0.0  # of the average of parameters and statistics, min(decay, (1 + t) / (10 + t)); 0: none
+    config.ema.decay = 0.0  # share of the average kept at step t: min(decay, (1 + t) / (10 + t)); 0: no average
     return config.lock()

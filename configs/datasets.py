@@ -1,11 +1,11 @@
-"""What a data set needs of a config: its images, and for the small ones a recipe that fits them.
+"""The settings of each data set: its images and, for small data sets, a training recipe that fits them.
 
-`apply` is called by every recipe file; `:imagenet` keeps the paper's own training, set in that file.
+Every recipe file calls `apply`. On `imagenet`, the training of the paper, set in the recipe file, stays.
 """
 
 
 def apply(config, dataset: str) -> None:
-    """Set the data section, and for small sets the training; ValueError for an unknown name."""
+    """Set the data section and, for small data sets, the training. Raises ValueError for an unknown name."""
     if dataset not in DATASETS:
         raise ValueError(f"there is no variant {dataset!r}; valid: {', '.join(DATASETS)}")
     config.name = f"{config.model.name}_{dataset}"
@@ -13,7 +13,7 @@ def apply(config, dataset: str) -> None:
 
 
 def _short_training(config, *, epochs: float) -> None:
-    """A recipe for short runs on small sets, the same for every network; its values were chosen on digits."""
+    """Set a recipe for short runs on small data sets. All networks share it; its values were chosen on digits."""
     config.optim.name = "sgd"
     config.optim.nesterov = True
     config.optim.lr_per_256 = 0.4
@@ -21,17 +21,18 @@ def _short_training(config, *, epochs: float) -> None:
     config.optim.warmup_epochs = epochs / 10
     config.optim.l2 = 1e-4
     config.optim.decay_rules = (("kernel$", 1.0), (".*", 0.0))
-    config.optim.clip_norm = 5.0  # the first steps of a network without running statistics are rough
+    config.optim.clip_norm = 5.0  # the first gradients of a network with fresh batch norm are large
     config.train.epochs = epochs
-    config.model.bn_decay = 0.9  # a short run needs statistics that follow quickly
+    config.model.bn_decay = 0.9  # a short run needs running statistics that adapt quickly
     config.model.init = "he"
     config.ema.decay = 0.99
 
 
 def shorten(config, dataset: str, *, width: float = 0.35):
-    """A recipe as studies have it on the sets that two cores can train on, in place; on the others it stays.
+    """Make the networks of a study narrow and its runs short, in place, on digits and Fashion-MNIST.
 
-    Its runs are many, so they are narrow and short. The classes are said, so that a plan needs no data.
+    A study has many runs, and two cores can train on these two data sets. Configs of other data sets stay unchanged.
+    The number of classes is set too, so that a plan does not need the data.
     """
     epochs = {"fashion_mnist": 5.0, "digits": 10.0}
     if dataset not in epochs:
@@ -46,10 +47,10 @@ def shorten(config, dataset: str, *, width: float = 0.35):
 
 
 def _digits(config) -> None:
-    """1,437 + 360 handwritten digits of 8x8, in the package: about a minute and a half on two cores."""
+    """Handwritten digits: 1,437 + 360 images of 8x8 px, included in the package; about 90 seconds on two cores."""
     _short_training(config, epochs=20.0)
     config.model.width = 0.5
-    config.model.stride_one = (0,)  # 32 px: the last maps are 2x2
+    config.model.stride_one = (0,)  # at 32 px, the last maps are 2x2
     data = config.data
     data.source = "digits"
     data.image_size = 32
@@ -59,7 +60,7 @@ def _digits(config) -> None:
 
 
 def _fashion_mnist(config) -> None:
-    """60,000 + 10,000 grey images of 28x28, through TFDS: about 15 minutes on two cores."""
+    """Fashion-MNIST: 60,000 + 10,000 grey images of 28x28 px, from TFDS; about 15 minutes on two cores."""
     _short_training(config, epochs=10.0)
     config.model.width = 0.5
     config.model.stride_one = (0,)
@@ -76,7 +77,7 @@ def _fashion_mnist(config) -> None:
 
 
 def _cifar10(config) -> None:
-    """50,000 + 10,000 colour images of 32x32, through TFDS: an accelerator's work."""
+    """CIFAR-10: 50,000 + 10,000 colour images of 32x32 px, from TFDS; needs an accelerator."""
     _short_training(config, epochs=100.0)
     config.model.stride_one = (0, 1)  # the last maps are 4x4
     config.train.label_smoothing = 0.1
@@ -93,7 +94,7 @@ def _cifar10(config) -> None:
 
 
 def _uc_merced(config) -> None:
-    """2,100 aerial photographs of 256 px in 21 classes, through TFDS; it has no test split: 30% are held out."""
+    """UC Merced: 2,100 aerial photographs of 256 px in 21 classes, from TFDS; 30% are held out as test images."""
     _short_training(config, epochs=100.0)
     config.train.label_smoothing = 0.1
     config.train.eval_every_epochs = 5.0
@@ -105,12 +106,12 @@ def _uc_merced(config) -> None:
     data.batch_size = 32
     data.eval_batch_size = 64
     data.crop = "inception"
-    data.area_range = (0.35, 1.0)  # land use fills the frame: small crops lose the class
+    data.area_range = (0.35, 1.0)  # land use fills the frame; smaller crops may lose the class
     data.flip = True
 
 
 def _folder(config) -> None:
-    """Your own images, `data.path`; sized for about a thousand of them on two cores."""
+    """Your own images, in the folder `data.path`; sized for about a thousand images on two cores."""
     _short_training(config, epochs=30.0)
     config.model.width = 0.35
     config.train.label_smoothing = 0.1
@@ -126,12 +127,12 @@ def _folder(config) -> None:
 
 
 def _imagenet(config) -> None:
-    """1,281,167 + 50,000 photographs, through TFDS; Inception preprocessing as all the papers name it."""
+    """ImageNet: 1,281,167 + 50,000 photographs, from TFDS; the Inception preprocessing that all papers name."""
     data = config.data
     data.source = "tfds:imagenet2012"
     data.image_size = 224
     data.eval_batch_size = 1000
-    data.workers = 8  # processes that decode; about one for each 300 images/s
+    data.workers = 8  # decoding processes; one decodes about 300 images/s
     data.crop = "inception"
     data.flip = True
     data.crop_share = 0.875  # slim inception_preprocessing.py, preprocess_for_eval

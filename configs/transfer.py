@@ -1,15 +1,17 @@
-"""From weights to a classifier of your own images.
+"""Train a classifier of your own images from pretrained weights.
 
     python -m mobilenet_jax.main --config configs/transfer.py:folder --config.data.path=DIR --config.init=WEIGHTS
 
-WEIGHTS is whatever `load_weights` takes: a file, the workdir of a run, a name as torchvision/mobilenet_v2. Network and
-preprocessing are those of its card, the classifier is new. How much is trained comes behind a comma, `:folder,probe`:
+WEIGHTS is a file, the workdir of a run, or a name such as torchvision/mobilenet_v2. The card of the weights defines the
+network and the preprocessing; the classifier is new. The word after the comma, as in `:folder,probe`, chooses the
+layers to train:
 
     probe     the classifier, on features computed once without augmentation: a minute or two for a thousand images
     frozen    the classifier, on augmented images that pass through the frozen network at each step
-    finetune  the same for 3 epochs, then all layers, each at .8 of the rate of the one above it (the default of folder)
+    finetune  the classifier for 3 epochs, then all layers, each at .8 of the learning rate of the next layer
 
-Variants: folder (data.path), uc_merced (frozen by default), digits (for weights of a run of 32 px).
+Data sets: folder (data.path; finetune by default), uc_merced (frozen by default), digits (finetune by default, for
+weights of a run at 32 px).
 """
 
 from typing import Any
@@ -32,12 +34,12 @@ def get_config(variant: str = "folder"):
     DATASETS[dataset](config)
     PHASES[phases](config)
     if dataset == "uc_merced":
-        config.train.epochs = 20.0  # of the published protocol, whatever is trained
+        config.train.epochs = 20.0  # of the published protocol
     return config
 
 
 def _follow_the_weights(config) -> None:
-    """Of the card: what the weights were made for."""
+    """Leave network and preprocessing to the card of the weights."""
     config.model.name = placeholder(str)
     config.model.width = placeholder(float)
     config.model.convention = placeholder(str)
@@ -49,13 +51,13 @@ def _follow_the_weights(config) -> None:
     config.data.std = placeholder(tuple)
 
 
-# How much is trained.
+# The layers to train.
 
 ALL_BUT_THE_CLASSIFIER = ("^(?!classifier/)",)
 
 
 def _train_the_classifier(config, *, epochs: float) -> None:
-    """What all ways begin with; values chosen on clip art held out from training."""
+    """Set what probe, frozen and finetune share; the values were chosen on held-out clip art."""
     config.optim.freeze = ALL_BUT_THE_CLASSIFIER
     config.optim.name = "adamw"
     config.optim.lr_per_256 = 4e-3
@@ -92,7 +94,7 @@ def _finetune(config) -> None:
 PHASES = {"probe": _probe, "frozen": _frozen, "finetune": _finetune}
 
 
-# On what.
+# The data sets.
 
 
 def _augment(config, *, batch_size: int) -> None:
@@ -100,7 +102,7 @@ def _augment(config, *, batch_size: int) -> None:
     data.batch_size = batch_size
     data.eval_batch_size = 64
     data.crop = "inception"
-    data.area_range = (0.35, 1.0)  # small crops of few images lose the class
+    data.area_range = (0.35, 1.0)  # with few images, smaller crops may lose the class
     data.flip = True
 
 
@@ -110,10 +112,10 @@ def _folder(config) -> None:
 
 
 def _uc_merced(config) -> None:
-    """Land use: 2,100 aerial photographs of 256 px in 21 classes, through TFDS, 70% to train and 30% to test.
+    """Land use: 2,100 aerial photographs of 256 px in 21 classes, from TFDS; 70% for training and 30% for testing.
 
-    The published protocol: MobileNetV2 1.0 at 224 px, frozen, 26,901 parameters trained (1280 * 21 + 21), 20 epochs;
-    93.6% reported, not reproduced by this code. Optimizer, batch and augmentation are not stated there.
+    The published protocol: a frozen MobileNetV2 1.0 at 224 px, 26,901 trained parameters (1280 * 21 + 21), 20 epochs.
+    It reports 93.6%, which this code has not reproduced. It does not state optimizer, batch size and augmentation.
     """
     config.data.source = "tfds:uc_merced"
     config.data.holdout = 0.3
@@ -123,7 +125,7 @@ def _uc_merced(config) -> None:
 
 def _digits(config) -> None:
     config.data.source = "digits"
-    config.model.stride_one = (0,)  # as the runs on small images
+    config.model.stride_one = (0,)  # as in other recipes for small images
     config.data.batch_size = 64
     config.data.crop = "pad"
     config.data.pad = 3

@@ -3,7 +3,7 @@
     python -m mobilenet_jax.main --config configs/v2.py                  digits, about a minute on two cores
     python -m mobilenet_jax.main --config configs/v2.py:imagenet         the paper's recipe, a TPU v3-8 or 8 GPUs
 
-Variants: digits, fashion_mnist, cifar10, uc_merced, folder (data.path), imagenet. Expected on ImageNet: 72.0% top-1
+Data sets: digits, fashion_mnist, cifar10, uc_merced, folder (data.path), imagenet. Expected on ImageNet: 72.0% top-1
 (1801.04381, Table 4), not yet reproduced by this code.
 """
 
@@ -15,7 +15,7 @@ from configs import base, datasets
 def get_config(dataset: str = "digits"):
     config: Any = base.get_config()
     config.model.name = "mobilenet_v2"
-    config.model.dropout = 0.2  # not stated; keep .8: row "V2 slim README"
+    config.model.dropout = 0.2  # not stated; keep .8, from "V2 slim README"
     if dataset == "imagenet":
         _train_on_imagenet(config)
     datasets.apply(config, dataset)
@@ -23,8 +23,11 @@ def get_config(dataset: str = "digits"):
 
 
 def _train_on_imagenet(config) -> None:
-    """Row "V2 paper" of the published recipes; what 1801.04381 sec. 6.1 leaves out is from "V2 slim README"."""
-    config.data.batch_size = 768  # sec. 6.1: 96 a worker; 8 of them, as "V2 slim README", in step
+    """Set the recipe of row "V2 paper" in the table of published recipes.
+
+    Values that 1801.04381 sec. 6.1 does not state are from "V2 slim README".
+    """
+    config.data.batch_size = 768  # sec. 6.1: 96 for each worker; 8 synchronous workers, from "V2 slim README"
     config.model.init = "slim"  # not stated; truncated normal .09, from "V2 slim README"
     config.model.bn_decay = 0.997  # not stated; from "V2 slim README"
     config.model.bn_epsilon = 1e-3  # not stated; from "V2 slim README"
@@ -32,7 +35,7 @@ def _train_on_imagenet(config) -> None:
     optim.name = "rmsprop"  # sec. 6.1
     optim.rms_decay = 0.9  # sec. 6.1
     optim.momentum = 0.9  # sec. 6.1
-    optim.epsilon = 1.0  # not stated; the default of slim's train_image_classifier.py, which "V2 slim README" runs
+    optim.epsilon = 1.0  # not stated; default of slim's train_image_classifier.py, which "V2 slim README" uses
     optim.lr_per_256 = 0.12  # sec. 6.1: .045 for the 96 images of a worker
     optim.warmup_epochs = 0.0  # not stated; none in "V2 slim README"
     optim.schedule = "staircase"  # sec. 6.1

@@ -3,7 +3,7 @@
     python -m mobilenet_jax.main --config configs/v3_large.py            digits, under two minutes on two cores
     python -m mobilenet_jax.main --config configs/v3_large.py:imagenet   the paper's recipe, a TPU v3-32
 
-Variants: digits, fashion_mnist, cifar10, uc_merced, folder (data.path), imagenet. Expected on ImageNet: 75.2% top-1
+Data sets: digits, fashion_mnist, cifar10, uc_merced, folder (data.path), imagenet. Expected on ImageNet: 75.2% top-1
 (1905.02244, Table 3), not yet reproduced by this code.
 """
 
@@ -23,7 +23,10 @@ def get_config(dataset: str = "digits"):
 
 
 def train_on_imagenet(config) -> None:
-    """Row "V3 paper" of the published recipes; what 1905.02244 sec. 6.1.1 leaves out is from "V3 slim README"."""
+    """Set the recipe of row "V3 paper" in the table of published recipes.
+
+    Values that 1905.02244 sec. 6.1.1 does not state are from "V3 slim README".
+    """
     config.data.batch_size = 4096  # sec. 6.1.1
     config.model.init = "slim"  # not stated; truncated normal .008, from "V3 slim README"
     config.model.bn_decay = 0.99  # sec. 6.1.1
@@ -36,7 +39,7 @@ def train_on_imagenet(config) -> None:
     optim.lr_per_256 = 0.00625  # sec. 6.1.1: .1 for 4096 images
     optim.warmup_epochs = 5.0  # not stated; from "V3 slim README"
     optim.schedule = "staircase"  # sec. 6.1.1
-    optim.decay_factor = 0.99  # sec. 6.1.1: "rate of 0.01 every 3 epochs" takes off a hundredth
+    optim.decay_factor = 0.99  # sec. 6.1.1: "rate of 0.01 every 3 epochs" means minus one hundredth
     optim.decay_epochs = 3.0  # sec. 6.1.1
     optim.l2 = 1e-5  # sec. 6.1.1
     optim.decay_rules = (("kernel$", 1.0), (".*", 0.0))  # not stated; slim's training_scope regularises kernels

@@ -3,7 +3,7 @@
     python -m mobilenet_jax.main --config configs/v3_small.py            digits, about a minute on two cores
     python -m mobilenet_jax.main --config configs/v3_small.py:imagenet   the paper's recipe, a TPU v3-32
 
-Variants: digits, fashion_mnist, cifar10, uc_merced, folder (data.path), imagenet. Expected on ImageNet: 67.4% top-1
+Data sets: digits, fashion_mnist, cifar10, uc_merced, folder (data.path), imagenet. Expected on ImageNet: 67.4% top-1
 (1905.02244, Table 3), not yet reproduced by this code.
 """
 

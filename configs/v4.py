@@ -4,7 +4,7 @@
     python -m mobilenet_jax.main --config configs/v4.py:hybrid_medium,digits     another size
     python -m mobilenet_jax.main --config configs/v4.py:conv_large,imagenet      the published recipe, a TPU pod slice
 
-Variants: digits, fashion_mnist, cifar10, uc_merced, folder (data.path), imagenet. Expected on ImageNet, top-1: 73.8,
+Data sets: digits, fashion_mnist, cifar10, uc_merced, folder (data.path), imagenet. Expected on ImageNet, top-1: 73.8,
 79.9, 82.9, 80.7 and 83.4% (2404.10518, without distillation), not yet reproduced by this code.
 """
 
@@ -28,14 +28,15 @@ def get_config(variant: str = "digits"):
 
 
 def _train_on_imagenet(config) -> None:
-    """What the five recipes share: tensorflow/models official/vision/configs/experiments, imagenet_mobilenetv4_*.yaml.
+    """Set the values that the five recipes share.
 
-    The paper's own section has less; rows "V4 Conv-S TF" to "V4 Hyb-M / L" of the published recipes are these files.
+    They are from tensorflow/models, official/vision/configs/experiments, imagenet_mobilenetv4_*.yaml, because the paper
+    states less. The rows "V4 Conv-S TF" to "V4 Hyb-M / L" in the table of published recipes list these files.
     """
     config.model.dtype = "bfloat16"  # mixed_precision_dtype
     config.model.dropout = 0.2
     config.model.bn_decay = 0.997  # norm_momentum
-    config.model.bn_epsilon = 1e-3  # norm_epsilon; not stated for hybrid_medium: the code's default
+    config.model.bn_epsilon = 1e-3  # norm_epsilon; for hybrid_medium not stated, the default of the code
     optim = config.optim
     optim.name = "adamw"
     optim.beta1 = 0.9  # not stated; the default of AdamWeightDecay
@@ -50,8 +51,8 @@ def _train_on_imagenet(config) -> None:
     data = config.data
     data.batch_size = 16384
     data.randaugment_layers = 2
-    data.randaugment_magnitude = 10  # 15 there, beyond the ranges of AutoAugment; 10 is their end
-    data.randaugment_probability = 1.0  # where prob_to_apply is not stated
+    data.randaugment_magnitude = 10  # the file has 15, but the ranges of AutoAugment end at 10
+    data.randaugment_probability = 1.0  # prob_to_apply is not stated
 
 
 def _conv_small(config) -> None:
@@ -106,7 +107,7 @@ def _hybrid_medium(config) -> None:
 
 
 def _hybrid_large(config) -> None:
-    """83.7%: row "V4 Hyb-M / L". The cosine ends at .001 of the peak there, at 0 here."""
+    """83.7%: row "V4 Hyb-M / L". The cosine of the file ends at .001 of the peak, ours at 0."""
     config.model.drop_path = 0.35
     config.optim.lr_per_256 = 0.00015625  # .01 for 16384 images
     config.optim.weight_decay = 0.2

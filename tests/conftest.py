@@ -1,6 +1,8 @@
 """Eight CPU devices, strict shapes, and the reference data beside the checkout."""
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -27,3 +29,24 @@ def reference() -> Path:
     if not path.is_dir():
         pytest.skip("the reference data beside the checkout (../shared) is not there")
     return path
+
+
+@contextlib.contextmanager
+def _show_one_device() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        first = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda: first)
+        yield
+
+
+@pytest.fixture(scope="session")
+def show_one_device() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A context in which JAX has one device: a program for all eight takes ten times as long to compile."""
+    return _show_one_device
+
+
+@pytest.fixture
+def one_device() -> Iterator[None]:
+    """Have JAX show one device for the length of a test."""
+    with _show_one_device():
+        yield

@@ -1,4 +1,4 @@
-"""The command: plan, runs in order, killed and continued, refused in one sentence."""
+"""The command: mistakes refused in one sentence; a study to its end, also killed and continued."""
 
 import csv
 import json
@@ -12,13 +12,14 @@ import jax
 import pytest
 
 from mobilenet_jax import ablate
-from mobilenet_jax.ablate import estimate_time, load_study, main, run_all
+from mobilenet_jax.ablate import main
+from mobilenet_jax.studies import schedule
+from mobilenet_jax.studies.records import read_record, write_record
 from mobilenet_jax.studies.report import COLUMNS_OF_TIME
-from mobilenet_jax.studies.study import RunKey, lock, read_record, write_record
-from mobilenet_jax.training import run as train
-from mobilenet_jax.training.sharding import make_mesh
+from mobilenet_jax.studies.study import RunKey
+from mobilenet_jax.workdir.metrics import MetricsWriter
 
-# ml_collections loads config files by a way that Python is about to drop.
+# ml_collections loads config files with a method that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,7 @@ def get_config(dataset="digits"):
     config = v1.get_config(dataset)
     config.model.width = 0.1
     config.model.shallow = True
+    config.model.block_form = "regular"  # with one convolution a block, compiles in half the time
     config.model.lowering = "plain"  # compiles faster
     config.data.image_size = 16
     config.data.batch_size = 32
@@ -55,11 +57,12 @@ def sweep():
 
 @pytest.fixture(autouse=True)
 def keep_process(monkeypatch):
-    """One device, and nothing of what a command sets for its process outlives the test."""
-    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    """Show one device to the command, and undo what the command sets for its process."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(ablate, "configure_memory", lambda folder: "")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("config_config", None)  # where ml_collections has the last config file
+    sys.modules.pop("config_config", None)  # the last config file that ml_collections loaded
     handlers, absl_logger = logging.root.handlers[:], logging.getLogger("absl")
     level = absl_logger.level
     yield
@@ -75,15 +78,12 @@ def tiny(tmp_path) -> str:
 
 
 def refuse(capsys, *argv: str) -> str:
-    """What a command that cannot be obeyed says: one line on stderr."""
+    """Run a command that is refused; return the one line that it prints, on stderr."""
     assert main(list(argv)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     return captured.err
-
-
-# Before anything runs.
 
 
 @pytest.mark.parametrize(
@@ -98,77 +98,24 @@ def refuse(capsys, *argv: str) -> str:
         ([SHORTCUT.replace("digits", "fashion_mnist"), "--config.data.data_dir=/nowhere"], "tfds build fashion_mnist"),
     ],
 )
-def test_impossible_commands_are_one_sentence(capsys, argv, said, tmp_path):
+def test_mistakes_are_refused_in_one_sentence(capsys, argv, said, tmp_path):
     assert said in refuse(capsys, *argv, f"--workdir={tmp_path / 'study'}")
     assert not (tmp_path / "study").exists()
 
 
-def test_estimates_are_by_finished_runs_where_there_are_any():
-    a, b, c = RunKey(0, "a"), RunKey(1, "a"), RunKey(0, "b")
-    work = {a: 30e9, b: 30e9, c: 1200e9}
-    assert estimate_time(work, [a, b, c], {}) == (
-        "time: about 84 seconds, an estimate at 15 G multiply-adds of training a second"
-    )
-    # The other run of a variant tells most; else the work of all finished ones in their time.
-    assert estimate_time(work, [b, c], {a: 60.0}) == "time: about 41 minutes, an estimate by 1 finished runs"
-    assert estimate_time(work, [], {a: 60.0}) == "nothing is left to do"
-
-
-# Who runs what.
-
-
-def fake_runs(monkeypatch) -> list[RunKey]:
-    """Runs that end at once, written down in order."""
-    taken = []
-
-    def run_one(study, key, workdir, num_classes):
-        taken.append(key)
-        write_record(key.folder(workdir), {"config": {}, "status": "failed", "seconds": 0.0})
-
-    monkeypatch.setattr(ablate, "run_one", run_one)
-    monkeypatch.setattr(ablate, "report", lambda study, workdir: None)
-    return taken
-
-
-def test_seeds_are_interleaved_and_what_another_process_has_is_left_to_it(tiny, tmp_path, monkeypatch):
-    taken = fake_runs(monkeypatch)
-    study = load_study(tiny.removeprefix("--config="), [])
-    runs = study.list_runs(2, ["relu6", "relu"])
-    write_record(runs[2].folder(tmp_path), {"config": {}, "status": "finished", "seconds": 0.0})
-    with lock(runs[0].folder(tmp_path) / "lock", wait=False):
-        run_all(study, tmp_path, runs, 10)
-        assert taken == [RunKey(0, "relu"), RunKey(1, "relu")]
-    run_all(study, tmp_path, runs, 10)  # the other process died
-    assert taken[2:] == [RunKey(0, "relu6")]
-
-
-def test_a_run_that_is_let_go_meanwhile_is_taken_in_the_same_study(tiny, tmp_path, monkeypatch):
-    taken = fake_runs(monkeypatch)
-    study = load_study(tiny.removeprefix("--config="), [])
-    runs = study.list_runs(1, ["relu6", "relu"])
-    held = lock(runs[0].folder(tmp_path) / "lock", wait=False)
-    held.__enter__()
-    monkeypatch.setattr(ablate, "report", lambda study, workdir: held.__exit__(None, None, None))
-    run_all(study, tmp_path, runs, 10)
-    assert taken == [RunKey(0, "relu"), RunKey(0, "relu6")]
-
-
-# A study to its end.
-
-
 class Killed(BaseException):
-    """What no handler of the command sees."""
+    """The death of the process; the command does not handle it."""
 
 
 def read_files(workdir: Path) -> dict[str, object]:
-    """The files of a study, without the columns of time."""
+    """Read the files of a study, without the columns of time."""
     with (workdir / "results.csv").open(newline="") as file:
         rows = [{k: v for k, v in row.items() if k not in COLUMNS_OF_TIME} for row in csv.DictReader(file)]
     return {"results.csv": rows, **{name: (workdir / name).read_bytes() for name in FILES[1:]}}
 
 
 def test_a_study_killed_and_continued_leaves_the_same_files(tiny, tmp_path, capsys, monkeypatch):
-    """SIGTERM in the first run, death in the second, the rest; against a study that nothing stopped."""
+    """Compare a study that SIGTERM stops in the first run and death in the second with a study that nothing stops."""
     command = [tiny, "--only=relu6", "--seeds=2", f"--workdir={tmp_path / 'whole'}"]
     assert main(command) == 0
     printed = capsys.readouterr().out
@@ -184,23 +131,23 @@ def test_a_study_killed_and_continued_leaves_the_same_files(tiny, tmp_path, caps
         }
     assert len({row["loss"] for row in rows}) == 2  # seeds are different runs
 
-    original = train.Run._next_batch
+    write = MetricsWriter.write
 
-    def next_batch(self):
-        where = (*self.workdir.parts[-2:], int(self._state.step))
-        if where == ("relu6", "seed_0", 2) and not (tmp_path / "stopped").exists():
+    def write_and_stop(self, step, values):
+        write(self, step, values)
+        started = sorted(path.parent.name for path in (tmp_path / "parts" / "relu6").glob("seed_*/run.json"))
+        if (started, step) == (["seed_0"], 2) and not (tmp_path / "stopped").exists():
             (tmp_path / "stopped").touch()
             signal.raise_signal(signal.SIGTERM)
-        if where == ("relu6", "seed_1", 4) and not (tmp_path / "killed").exists():
+        if (started, step) == (["seed_0", "seed_1"], 4) and not (tmp_path / "killed").exists():
             (tmp_path / "killed").touch()
             raise Killed
-        return original(self)
 
-    monkeypatch.setattr(train.Run, "_next_batch", next_batch)
+    monkeypatch.setattr(MetricsWriter, "write", write_and_stop)
     command[-1] = f"--workdir={tmp_path / 'parts'}"
     assert main(command) == 0
     assert "SIGTERM: saved; the same command continues" in capsys.readouterr().err
-    assert not (tmp_path / "parts" / "table.md").exists()  # nothing has finished
+    assert not (tmp_path / "parts" / "table.md").exists()  # no run has finished
     with pytest.raises(Killed):
         main(command)
     record = read_record(tmp_path / "parts" / "relu6" / "seed_1")
@@ -210,7 +157,7 @@ def test_a_study_killed_and_continued_leaves_the_same_files(tiny, tmp_path, caps
     assert "1 to do" in capsys.readouterr().out
     assert read_files(tmp_path / "parts") == whole
 
-    # Once more: nothing runs, nothing changes, and another config is refused.
+    # If all runs are finished, the command changes nothing. It refuses another config.
     before = {name: (tmp_path / "parts" / name).read_bytes() for name in FILES}
     assert main(command) == 0
     assert "2 runs, 0 to do" in capsys.readouterr().out
@@ -220,18 +167,18 @@ def test_a_study_killed_and_continued_leaves_the_same_files(tiny, tmp_path, caps
     assert main([*command, "--dry_run", "--config.data.data_dir=/elsewhere", "--seeds=4"]) == 0
     out = capsys.readouterr().out
     assert "4 runs, 2 to do" in out
-    assert "by 2 finished runs" in out
+    assert "from 2 finished runs" in out
 
 
-def test_a_run_that_is_not_finite_is_recorded_and_the_study_goes_on(tmp_path, capsys):
+def test_a_loss_that_is_not_finite_fails_the_run_and_the_study_goes_on(tmp_path, capsys):
     variants = '{"relu": {"optim.lr_per_256": 1e37}, "relu6": {}}'
     wild = TINY.replace('{"relu6": {}, "relu": {"model.activation": "relu"}}', variants)
-    (tmp_path / "wild.py").write_text(wild.replace("steps = 6", "steps = 3"))
+    (tmp_path / "wild.py").write_text(wild)
     command = [f"--config={tmp_path / 'wild.py'}", "--seeds=1", f"--workdir={tmp_path / 'study'}"]
     assert main(command) == 1
     captured = capsys.readouterr()
     assert re.search(r"relu/seed_0 failed: \w+ is (nan|inf) at step \d", captured.err)
-    assert "failed, and not run again unless removed: " in captured.err
+    assert f"failed: {tmp_path / 'study' / 'relu' / 'seed_0'}; remove a folder to run it again" in captured.err
     assert "Failed, not in the means: relu seed 0." in captured.out
     record = read_record(tmp_path / "study" / "relu" / "seed_0")
     assert record is not None
@@ -242,12 +189,19 @@ def test_a_run_that_is_not_finite_is_recorded_and_the_study_goes_on(tmp_path, ca
         ("relu", "failed", False),
         ("relu6", "finished", True),
     ]
-    assert main(command) == 1  # it stays failed, and nothing runs
+    assert main(command) == 1  # the run stays failed and is not repeated
     assert "2 runs, 0 to do" in capsys.readouterr().out
 
 
-def test_one_variant_alone(tiny, tmp_path, monkeypatch, capsys):
-    taken = fake_runs(monkeypatch)
+def test_only_one_variant_is_run(tiny, tmp_path, monkeypatch, capsys):
+    taken = []
+
+    def run_one(study, key, workdir, num_classes):
+        taken.append(key)
+        write_record(key.folder(workdir), {"config": {}, "status": "failed", "seconds": 0.0})
+
+    monkeypatch.setattr(schedule, "run_one", run_one)
+    monkeypatch.setattr(schedule, "report", lambda study, workdir: None)
     assert main([tiny, "--only=relu", "--seeds=2", f"--workdir={tmp_path / 'study'}"]) == 1
     assert taken == [RunKey(0, "relu"), RunKey(1, "relu")]
     assert "relu6" not in capsys.readouterr().out

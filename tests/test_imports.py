@@ -39,8 +39,9 @@ MODELS = {
     **{table: {"spec"} for table in ("v1", "v2", "v3", "v4", "edgetpu")},
     "zoo": {"spec", "v1", "v2", "v3", "v4", "edgetpu"},
     "cost": {"spec"},
+    "summary": {"cost", "spec"},
 }
-WITHOUT_JAX = ["spec", "v1", "v2", "v3", "v4", "edgetpu", "zoo", "cost"]
+WITHOUT_JAX = ["spec", "v1", "v2", "v3", "v4", "edgetpu", "zoo", "cost", "summary"]
 
 
 def list_imports(name: str) -> set[str]:

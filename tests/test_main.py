@@ -19,7 +19,6 @@ from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.training import build, evaluate
 from mobilenet_jax.training import run as run_module
-from mobilenet_jax.training.sharding import make_mesh
 from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.save import save_weights
 
@@ -40,9 +39,8 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def keep_process(monkeypatch):
+def keep_process(monkeypatch, one_device):
     """One device, and nothing of what a command sets for its process outlives the test."""
-    monkeypatch.setattr(build, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     monkeypatch.setattr(main_module, "configure_jax", lambda flags: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
     sys.modules.pop("config_config", None)  # where ml_collections has the last config file

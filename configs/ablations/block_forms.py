@@ -1,15 +1,17 @@
-"""The four forms of a block, at one budget.
+"""The four forms of a block at equal cost.
 
     python -m mobilenet_jax.ablate --config configs/ablations/block_forms.py --workdir DIR
 
-Question: at equal multiply-adds, how far does each step from the full convolution to the inverted residual carry?
+Question: at equal multiply-adds, how much accuracy does each step from the full convolution to the inverted residual
+gain?
 
-Paper: 1801.04381 Fig. 2 draws them: regular, separable, separable with linear bottleneck, bottleneck with expansion
-layer. The last two are the same layers when stacked, as the caption says: what V2 adds is the residual between
-bottlenecks. No figures.
+Paper: 1801.04381 Fig. 2 draws the four forms: regular, separable, separable with linear bottleneck, bottleneck with
+expansion layer. When stacked, the last two have the same layers, as the caption says; V2 adds the residual between
+bottlenecks. The paper gives no numbers.
 
-Widths are chosen for images of 32 px so that multiply-adds are those of the base at width .35; channels go by eights,
-so that the separable form has half a percent less and the regular form ten percent more. On other images, choose anew.
+For images of 32 px, the widths give each form the multiply-adds of the base at width .35. Channels are multiples of
+eight, so the separable form has half a percent less and the regular form ten percent more. Images of another size need
+other widths.
 
 Found here: not run at length.
 """

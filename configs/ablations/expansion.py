@@ -2,11 +2,11 @@
 
     python -m mobilenet_jax.ablate --config configs/ablations/expansion.py --workdir DIR
 
-Question: how much wider than its bottlenecks should a block be inside? Costs grow with the factor: read accuracy beside
-them.
+Question: how much wider than its bottlenecks should the inside of a block be? The cost grows with the factor, so read
+accuracy and cost together.
 
-Paper: 1801.04381 takes 6 and has no table; by its sec. 4, factors between 5 and 10 do about equally well, the lower
-ones better in small networks, the higher ones in large networks.
+Paper: 1801.04381 uses 6 and has no table. Sec. 4 says that factors between 5 and 10 do about equally well; small
+networks prefer lower factors, large networks higher factors.
 
 Found here: not run at length.
 """

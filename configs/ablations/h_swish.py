@@ -1,11 +1,11 @@
-"""Where in the network hard-swish goes.
+"""The position of hard-swish in the network.
 
     python -m mobilenet_jax.ablate --config configs/ablations/h_swish.py --workdir DIR
 
-Question: does hard-swish in place of ReLU help, and from which layer on?
+Question: does hard-swish instead of ReLU help, and from which layer on?
 
-Paper: 1905.02244 Table 5, V3-Large: ReLU 74.5%; h-swish from 16 channels on 75.4, from 112 on 75.0, as released, from
-80 on, 75.2. Stem and last layers keep the table's h-swish except in "relu"; the paper does not say what they have.
+Paper: 1905.02244 Table 5, V3-Large: ReLU 74.5%; h-swish from 16 channels on 75.4%, from 112 on 75.0%, from 80 on, as
+released, 75.2%. Here stem and last layers have h-swish, except in "relu"; the paper does not say what they have.
 
 Found here: not run at length.
 """

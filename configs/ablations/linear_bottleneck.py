@@ -2,13 +2,13 @@
 
     python -m mobilenet_jax.ablate --config configs/ablations/linear_bottleneck.py --workdir DIR
 
-Question: does an activation behind the projection, where channels are few, lose information that the next block needs?
+Question: does an activation after the projection, where channels are few, lose information that the next block needs?
 
-Paper: 1801.04381 Fig. 6a shows curves alone: V2 with linear bottlenecks above V2 with ReLU6 in them. "Everywhere" is
-not in the paper: there the sums of the residuals pass through ReLU6 too, so that no map of the network is linear.
+Paper: 1801.04381 Fig. 6a shows curves only: V2 with linear bottlenecks is above V2 with ReLU6 in the bottlenecks. The
+variant "everywhere" is not in the paper: the sums of the residuals pass through ReLU6 too, so no map is linear.
 
-Found here: it reproduces on Fashion-MNIST, 5 epochs, 3 seeds: linear 90.2%, ReLU6 in the bottleneck 88.4%, everywhere
-88.5%; each linear run is above each other one (docs/studies/linear_bottleneck).
+Found here: the result of the paper holds on Fashion-MNIST, 5 epochs, 3 seeds: linear 90.2%, ReLU6 in the bottleneck
+88.4%, everywhere 88.5%. Each linear run is above each other run (docs/studies/linear_bottleneck).
 """
 
 from configs import datasets, v2

@@ -1,14 +1,16 @@
-"""Batch norm: over which images, and how slowly.
+"""Batch norm: the images that statistics are taken over, and the decay of the running statistics.
 
     python -m mobilenet_jax.ablate --config configs/ablations/normalisation.py --workdir DIR
 
-Question: do statistics over each device's share of the batch, as `jax.pmap` had them, cost accuracy against those over
+Question: do statistics over the batch of each device, as with `jax.pmap`, cost accuracy compared with statistics over
 the global batch? And what does a decay cost that is meant for runs a hundred times as long?
 
-Paper: none of them compares; their decays go from .9 to .9997. On one device "per_device" is the base itself: give it
-several, on CPU by XLA_FLAGS=--xla_force_host_platform_device_count=4. "quarter_batch" has statistics over 32 of the 128
-images on any device, by micro-batches. Evaluation uses the running statistics: a decay of .9997 leaves 49% of their
-initial values in them after the 2,344 steps on Fashion-MNIST, one of .999 10%.
+Paper: no paper compares them; their decays range from .9 to .9997.
+
+On one device, "per_device" equals the base. It needs several devices; on CPU,
+XLA_FLAGS=--xla_force_host_platform_device_count=4 gives four. "quarter_batch" uses micro-batches, so its statistics are
+over 32 of the 128 images on any number of devices. Evaluation uses the running statistics. After the 2,344 steps on
+Fashion-MNIST, a decay of .9997 leaves 49% of their initial values, a decay of .999 leaves 10%.
 
 Found here: not run at length.
 """

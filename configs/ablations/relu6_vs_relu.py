@@ -1,10 +1,10 @@
-"""ReLU6 or ReLU.
+"""ReLU6 against ReLU.
 
     python -m mobilenet_jax.ablate --config configs/ablations/relu6_vs_relu.py --workdir DIR
 
-Question: does the bound of 6, there for arithmetic of low precision, cost accuracy in float32?
+Question: does the bound of 6, which exists for arithmetic of low precision, cost accuracy in float32?
 
-Paper: 1801.04381 sec. 4 takes ReLU6 for its robustness in arithmetic of low precision; no figures.
+Paper: 1801.04381 sec. 4 uses ReLU6 because it is robust in arithmetic of low precision; it gives no numbers.
 
 Found here: not run at length.
 """

@@ -2,10 +2,10 @@
 
     python -m mobilenet_jax.ablate --config configs/ablations/se_gate.py --workdir DIR
 
-Question: does the cheap hard sigmoid cost accuracy against the sigmoid it stands for?
+Question: does the cheap hard sigmoid cost accuracy compared with the sigmoid that it approximates?
 
-Paper: 1905.02244 sec. 5.2 saw no difference in accuracy between the hard versions of its functions and the smooth ones;
-no table. A hard-swish as the gate is a slip seen in other code: it is not bounded by 1.
+Paper: 1905.02244 sec. 5.2 saw no difference in accuracy between the hard and the smooth versions of its functions; it
+has no table. A hard-swish as the gate is a mistake found in other code: it is not bounded by 1.
 
 Found here: not run at length.
 """

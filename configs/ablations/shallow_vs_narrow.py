@@ -1,11 +1,11 @@
-"""Narrower or shallower.
+"""Narrower against shallower networks.
 
     python -m mobilenet_jax.ablate --config configs/ablations/shallow_vs_narrow.py --workdir DIR
 
-Question: of two networks of the same cost, is the deep and narrow one better than the shallow and wide one?
+Question: at equal cost, is a deep and narrow network better than a shallow and wide one?
 
-Paper: 1704.04861 Table 5: width .75 68.4% (325 M multiply-adds, 2.6 M parameters), without the five 14x14x512 layers
-65.3% (307 M, 2.9 M). "full" is what both were made from, 70.6% (Table 6).
+Paper: 1704.04861 Table 5: width .75 has 68.4% (325 M multiply-adds, 2.6 M parameters), the network without the five
+14x14x512 layers 65.3% (307 M, 2.9 M). "full" is the network that both start from, 70.6% (Table 6).
 
 Found here: not run at length.
 """

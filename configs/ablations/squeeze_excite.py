@@ -2,10 +2,10 @@
 
     python -m mobilenet_jax.ablate --config configs/ablations/squeeze_excite.py --workdir DIR
 
-Question: what are the gates worth, and how wide must the layer between be?
+Question: how much accuracy do the gates gain, and how wide must their hidden layer be?
 
-Paper: 1905.02244 sec. 5.3 fixes a quarter of the expansion, which raised accuracy for a few more parameters and no
-latency that could be measured; no table.
+Paper: 1905.02244 sec. 5.3 uses a quarter of the expansion, which raised accuracy for few more parameters and no
+measurable latency; it has no table.
 
 Found here: not run at length.
 """

@@ -2,12 +2,12 @@
 
     python -m mobilenet_jax.ablate --config configs/ablations/width.py --workdir DIR
 
-Question: what does a uniformly narrower network lose?
+Question: how much accuracy does a uniformly narrower network lose?
 
-Paper: 1704.04861 Table 6: 70.6, 68.4, 63.7 and 50.6% at widths 1, .75, .5 and .25: a smooth fall until .25.
+Paper: 1704.04861 Table 6: 70.6, 68.4, 63.7 and 50.6% at widths 1, .75, .5 and .25. Accuracy falls smoothly until .25.
 
-Found here: on Fashion-MNIST, 5 epochs, 3 seeds, 90.4, 89.7, 90.0 and 87.9%: the break at .25 and no fall before it that
-three seeds could see (docs/studies/width).
+Found here: on Fashion-MNIST, 5 epochs, 3 seeds: 90.4, 89.7, 90.0 and 87.9%. Accuracy breaks at .25, as in the paper;
+three seeds cannot show a fall before it (docs/studies/width).
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from configs import datasets, v1
 
 def get_config(dataset: str = "fashion_mnist"):
     config: Any = datasets.shorten(v1.get_config(dataset), dataset, width=1.0)
-    config.model.stride_one = ()  # on small images too: at width 1 it would be four times the work
+    config.model.stride_one = ()  # also on small images: with stride 1, width 1 would take four times the work
     return config
 
 

@@ -1,20 +1,20 @@
-"""Width against resolution: the frontier of accuracy and multiply-adds.
+"""Width against resolution: accuracy against multiply-adds.
 
     python -m mobilenet_jax.ablate --config configs/ablations/width_resolution.py --workdir DIR
 
-Question: for a number of multiply-adds, is it better to have a narrower network or smaller images?
+Question: for a given number of multiply-adds, is a narrower network or a smaller image better?
 
 Paper: 1704.04861 Table 6 (widths 1, .75, .5, .25 at 224 px: 70.6, 68.4, 63.7, 50.6%), Table 7 (width 1 at 224, 192,
-160, 128 px: 70.6, 69.1, 67.2, 64.4%) and Table 9 (.5 at 160 px: 60.2%); Fig. 4 draws all sixteen, log-linear with a
-jump at .25. The images here are of 28 px, enlarged to 32; the other sizes are sevenths of the paper's, to a multiple of
-4.
+160, 128 px: 70.6, 69.1, 67.2, 64.4%) and Table 9 (.5 at 160 px: 60.2%); Fig. 4 draws all sixteen
+combinations: log-linear, with a jump at .25. The images here have 28 px and are enlarged to 32; the other sizes are a
+seventh of the sizes in the paper, rounded to a multiple of 4.
 
 Found here: not run at length.
 """
 
 from configs import datasets, v1
 
-SIZES = (32, 28, 24, 16)  # pixels, for 224, 192, 160 and 128
+SIZES = (32, 28, 24, 16)  # pixels, instead of 224, 192, 160 and 128
 
 
 def get_config(dataset: str = "fashion_mnist"):

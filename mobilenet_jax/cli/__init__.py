@@ -1,1 +1,1 @@
-"""What commands share: config files, flags, exit codes, and the start of a process."""
+"""The parts that commands share: config files, flags, exit codes, and the setup of a process."""

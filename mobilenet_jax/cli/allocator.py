@@ -1,4 +1,4 @@
-"""How the C library's allocator treats the buffers of a step on CPU."""
+"""The settings of the C library's allocator that make training on CPU faster."""
 
 import importlib.metadata
 import importlib.util
@@ -6,13 +6,16 @@ import os
 import platform
 import sys
 
-# Huge pages wherever the heap is; one heap for all threads, for those of other threads end at 64 MB and map what is
-# larger; no buffer below 10 GB gets a mapping of its own; freed memory is kept up to 20 GB.
+# hugetlb=1: use huge pages for the heap.
+# arena_max=1: use one heap for all threads; otherwise the heaps of further threads end at 64 MB, and larger buffers are
+#   mapped.
+# mmap_threshold: take buffers below 10 GB from the heap instead of giving each its own mapping.
+# trim_threshold: return freed memory to the system only when it exceeds 20 GB.
 TUNABLES = (
     "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:"
     "glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=20000000000"  # bytes
 )
-# Where users say it themselves, they are obeyed.
+# If the user sets one of these, the settings of the user hold.
 _VARIABLES = (
     "GLIBC_TUNABLES",
     "MALLOC_ARENA_MAX",
@@ -23,11 +26,12 @@ _VARIABLES = (
 
 
 def tuned_environment() -> dict[str, str]:
-    """The variables under which glibc reuses freed buffers, in huge pages, instead of returning them to the system.
+    """Return the environment variables that make glibc keep freed buffers instead of returning them to the system.
 
-    XLA:CPU allocates a step's buffers anew each time. By default large ones are mapped and unmapped, and every page of
-    them is a page fault: of the CPU time of a small network's step that is a quarter. A tuned process keeps the most
-    memory it ever used. Empty where an installed accelerator, another C library or the user has another say.
+    XLA:CPU allocates the buffers of each step again. By default, glibc maps and unmaps large buffers, and each page is
+    a page fault: a quarter of the CPU time of a small network's step. The price is that a tuned process keeps the
+    largest amount of memory that it ever used. The result is empty if an accelerator is installed, if the C library is
+    not glibc, or if the user has set one of the variables.
     """
     if importlib.util.find_spec("libtpu") or importlib.metadata.entry_points(group="jax_plugins"):
         return {}
@@ -37,14 +41,17 @@ def tuned_environment() -> dict[str, str]:
 
 
 def restart_tuned() -> None:
-    """Run this very command again under `tuned_environment`, in the same process: glibc reads it at the start alone."""
+    """Restart this command in the same process under `tuned_environment`: glibc reads its settings only at the start.
+
+    Do nothing if `tuned_environment` is empty, which it is after the restart.
+    """
     if variables := tuned_environment():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | variables)
 
 
 def describe_allocator() -> str:
-    """What holds in this process, for the log."""
+    """Describe the allocator of this process in one line for the log."""
     if os.environ.get("GLIBC_TUNABLES") == TUNABLES:
-        return f"malloc: GLIBC_TUNABLES={TUNABLES} (set it, even to nothing, to have it otherwise)"
+        return f"malloc: GLIBC_TUNABLES={TUNABLES} (to use other settings, set this variable, even to nothing)"
     given = [name for name in _VARIABLES if name in os.environ]
-    return f"malloc: as {', '.join(given)} says" if given else "malloc: as it is"
+    return f"malloc: as {', '.join(given)} says" if given else "malloc: default settings"

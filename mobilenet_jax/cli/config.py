@@ -1,4 +1,4 @@
-"""Config files: read with the overrides of a command line, and made flat. No JAX here."""
+"""Config files and their overrides on the command line. Nothing here imports JAX."""
 
 import difflib
 import sys
@@ -8,15 +8,15 @@ from mobilenet_jax.cli.exit_codes import UsageError
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(all other arguments, those that override a key of the config)."""
+    """Return the arguments without the overrides, and the overrides --config.KEY=VALUE."""
     overrides = [argument for argument in argv if argument.startswith("--config.")]
     return [argument for argument in argv if argument not in overrides], overrides
 
 
 def load_config(path: str, overrides: list[str]):
-    """The locked config of a file `path[:argument]` with overrides applied.
+    """Load the locked config of a file `path[:argument]`, with overrides applied.
 
-    Raises UsageError, naming what would be valid, for a missing file, a misspelt key or a value of another type.
+    Raises UsageError for a missing file, a misspelt key or a value of another type, and names the valid choices.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -25,7 +25,8 @@ def load_config(path: str, overrides: list[str]):
     if not file.is_file():
         known = ", ".join(sorted(str(p) for p in file.parent.glob("*.py") if p.stem not in ("base", "datasets")))
         raise UsageError(f"{file} is not a file; valid: {known or 'the path of a config file'}")
-    # Config files import each other as `configs.NAME`, from wherever the command runs; those of studies lie deeper.
+    # Config files import each other as `configs.NAME`, so the parent of `configs` must be on the path, wherever the
+    # command runs and however deep in `configs` the file lies.
     folders = file.absolute().parents
     sys.path.insert(0, str(next((f for f in folders if f.name == "configs"), folders[0]).parent))
 
@@ -39,7 +40,7 @@ def load_config(path: str, overrides: list[str]):
     try:
         config = read([])
     except (flags.Error, AttributeError, ImportError, SyntaxError, TypeError, ValueError) as error:
-        # What a config file raises comes with its traceback in the message.
+        # The message contains the whole traceback of the config file; its last line is the error.
         said = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         raise UsageError(f"{path}: {said}") from error
     for override in overrides:
@@ -56,7 +57,7 @@ def _check_override(config, override: str) -> None:
         raise UsageError(f"{override} has no value; write {override}=VALUE")
     section, walked = config, "--config"
     for part in name.split(".")[1:]:
-        # A section, or a leaf that something is asked of.
+        # A value has no keys: `--config.seed.x=1` is refused with "none, it is a value".
         keys = sorted(section.keys()) if hasattr(section, "keys") else []
         if part not in keys:
             close = difflib.get_close_matches(part, keys, n=1)
@@ -68,7 +69,7 @@ def _check_override(config, override: str) -> None:
 
 
 def apply_preprocessing(config, card: dict, overrides: list[str]) -> None:
-    """Have images prepared as a card of weights says, but for what is overridden."""
+    """Copy the preprocessing of a weights card into the config, except for keys that are overridden."""
     overridden = {override.partition("=")[0] for override in overrides}
     for key, value in card["preprocessing"].items():
         if f"--config.data.{key}" not in overridden:

@@ -1,4 +1,4 @@
-"""What commands set up before JAX computes: messages, and compiled programs on disk."""
+"""The setup of a process before JAX computes: log messages, and the cache of compiled programs."""
 
 import argparse
 import logging
@@ -10,7 +10,7 @@ from mobilenet_jax.cli.allocator import describe_allocator
 
 
 def configure_memory(folder: str) -> str:
-    """Keep compiled programs in a folder, unless it is "off"; say how buffers are allocated (`malloc`)."""
+    """Cache compiled programs in `folder`, unless it is "off"; return a line for the log about the allocator."""
     import jax
 
     if folder != "off":
@@ -31,7 +31,7 @@ def configure_jax(flags: argparse.Namespace) -> None:
 
 
 def show_own_messages() -> None:
-    """Notes of this package on stderr; of the libraries below it, warnings and errors alone."""
+    """Log to stderr: all messages of this package, and only warnings and errors of other libraries."""
     from absl import logging as absl_logging
 
     package = str(Path(__file__).parents[1]) + os.sep

@@ -1,1 +1,1 @@
-"""Ablation studies: variants times seeds, tables and figures."""
+"""Ablation studies: variants trained with several seeds, and their tables and figures."""

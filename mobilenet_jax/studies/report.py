@@ -1,4 +1,7 @@
-"""What the runs of a study say: a row for each, means with intervals, the table and the files. No JAX here."""
+"""The report of a study: a row for each run, means with intervals, the table and the files.
+
+Nothing here imports JAX.
+"""
 
 import csv
 import io
@@ -12,7 +15,8 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from mobilenet_jax.studies.study import Study, find_runs, hash_config, read_record
+from mobilenet_jax.studies.records import find_runs, read_record
+from mobilenet_jax.studies.study import Study, hash_config
 from mobilenet_jax.workdir.files import write_text_atomic
 from mobilenet_jax.workdir.metrics import read_metrics
 
@@ -34,13 +38,13 @@ COLUMNS = (
     "config",
     "commit",
 )
-# The columns that a run killed and continued may have otherwise than one that was not.
+# Columns that differ between a run that was killed and continued and one that was not.
 COLUMNS_OF_TIME = ("seconds", "images_per_second")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean, standard deviation (n - 1) and half the width of the 95% interval (Student's t) of n values."""
+    """Mean, standard deviation (over n - 1) and half the width of the 95% interval (Student's t) of n values."""
 
     count: int
     mean: float
@@ -49,7 +53,7 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """The summary of at least one value."""
+    """Summarise one or more values."""
     n = len(values)
     if n == 1:
         return Summary(1, float(values[0]), math.nan, math.nan)
@@ -59,16 +63,21 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def compare(values: Mapping[int, float], base: Mapping[int, float]) -> Summary | None:
-    """The summary of the differences of runs of one seed, over the seeds that both have; None where there is none.
+    """Summarise the differences between runs with equal seeds; return None if the two share no seed.
 
-    A seed fixes the order and augmentation of the images, and the initial values of what two variants have in common.
+    A seed fixes the order and augmentation of the images, and the initial values of the parameters that two variants
+    have in common.
+
+    Args:
+      values: for each seed, the result of a variant.
+      base: for each seed, the result of the base.
     """
     seeds = sorted(values.keys() & base.keys())
     return summarise([values[seed] - base[seed] for seed in seeds]) if seeds else None
 
 
 def read_rows(study: Study, workdir: Path) -> list[dict[str, Any]]:
-    """A row for every run that finished or failed, keys as COLUMNS, in the order of the sweep, then by seed."""
+    """Return a row with the keys COLUMNS for each run that finished or failed, in sweep order, then by seed."""
     rows = []
     for key in find_runs(study, workdir):
         folder = key.folder(workdir)
@@ -103,7 +112,10 @@ def _last_rate(folder: Path) -> float | None:
 
 
 def read_curves(study: Study, workdir: Path) -> dict[str, list[list[tuple[float, float]]]]:
-    """{variant: a curve for each finished run, of (epoch, top-1 of the evaluated variables)}."""
+    """Return, for each variant, a learning curve per finished run: a list of (epoch, top-1 as a share).
+
+    The curve is that of the averaged variables if the study has them.
+    """
     curves: dict[str, list[list[tuple[float, float]]]] = {}
     for key in find_runs(study, workdir):
         record = read_record(key.folder(workdir))
@@ -115,7 +127,7 @@ def read_curves(study: Study, workdir: Path) -> dict[str, list[list[tuple[float,
 
 
 def collect_top1(rows: Sequence[Mapping]) -> dict[str, dict[int, float]]:
-    """{variant: {seed: top-1 in %}} of the finished runs."""
+    """Return {variant: {seed: top-1 in %}} for the finished runs."""
     values: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["status"] == "finished":
@@ -124,7 +136,7 @@ def collect_top1(rows: Sequence[Mapping]) -> dict[str, dict[int, float]]:
 
 
 def format_csv(rows: Sequence[Mapping]) -> str:
-    """All rows under the names of their columns; what a failed run has not is empty."""
+    """Format all rows as CSV with a header; cells that a failed run lacks are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -133,7 +145,10 @@ def format_csv(rows: Sequence[Mapping]) -> str:
 
 
 def format_table(study: Study, rows: Sequence[Mapping]) -> str:
-    """A Markdown table, a line a variant, and how to read it; no times, so that it is a function of the results."""
+    """Format a Markdown table with one line for each variant, and notes on how to read it.
+
+    There are no times in it, so that equal results give equal tables.
+    """
     values, base = collect_top1(rows), study.baseline
     lines = [
         f"| variant | parameters | multiply-adds | runs | top-1, % | deviation | 95% interval | minus {base} "
@@ -150,17 +165,13 @@ def format_table(study: Study, rows: Sequence[Mapping]) -> str:
             f"{row['madds']:,}",
             str(own.count),
             f"{own.mean:.2f}",
-            *_format_spread(own),
+            "" if math.isnan(own.deviation) else f"{own.deviation:.2f}",
+            _format_interval(own, ""),
             *(["", ""] if difference is None else [f"{difference.mean:+.2f}", _format_interval(difference, "+")]),
             "" if paper is None else f"{paper:g}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([f"# {study.name}", "", *lines, "", *_format_notes(study, rows)]) + "\n"
-
-
-def _format_spread(summary: Summary) -> tuple[str, str]:
-    deviation = "" if math.isnan(summary.deviation) else f"{summary.deviation:.2f}"
-    return deviation, _format_interval(summary, "")
 
 
 def _format_interval(summary: Summary, sign: str) -> str:
@@ -187,9 +198,10 @@ def _format_notes(study: Study, rows: Sequence[Mapping]) -> list[str]:
 
 
 def write_report(study: Study, workdir: Path) -> str | None:
-    """Write results.csv, table.md and figure.png of what has finished or failed, each whole; return the table.
+    """Write results.csv, table.md and figure.png, each atomically, and return the table.
 
-    None, and no file, where nothing has. All three are functions of the runs alone, up to COLUMNS_OF_TIME.
+    If no run has finished, return None and write at most results.csv, which lists the runs that failed. Except for
+    COLUMNS_OF_TIME, equal runs give equal files.
     """
     from mobilenet_jax.plots import draw_frontier, draw_variants
 

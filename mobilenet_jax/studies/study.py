@@ -1,28 +1,25 @@
-"""A study: a base config, what each variant changes of it, and the folders of its runs. No JAX here."""
+"""A study: a base config and the changes that each variant makes to it. Nothing here imports JAX."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import runpy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mobilenet_jax.cli.config import load_config
 from mobilenet_jax.models.cost import Cost, compute_cost
 from mobilenet_jax.models.spec import Spec, check_choice
 from mobilenet_jax.models.zoo import make_spec
 from mobilenet_jax.training.config import flatten_config
 
 FIGURES = ("points", "frontier")
-STATUSES = ("started", "finished", "failed")
-RECORD_FILE = "run.json"
-_NEEDED = ("baseline", "variants", "source")  # of a sweep
+# Keys that change nothing in what a run computes. They may change while a run is stopped.
+FREE_KEYS = ("name", "data.data_dir", "data.workers", "train.keep_checkpoints")
+_NEEDED = ("baseline", "variants", "source")  # keys of a sweep
 _OPTIONAL = ("published", "figure", "series")
-# Keys that change nothing of what a run computes, and may change between its parts.
-_FREE_KEYS = ("name", "data.data_dir", "data.workers", "train.keep_checkpoints")
-# Of the model section, what is no part of the architecture.
+# Keys of the model section that are not part of the architecture.
 _NOT_OF_THE_SPEC = ("dtype", "lowering", "depthwise_impl", "remat")
 
 
@@ -30,29 +27,32 @@ _NOT_OF_THE_SPEC = ("dtype", "lowering", "depthwise_impl", "remat")
 class RunKey:
     """One run of a study."""
 
-    seed: int  # added to the config's own
+    seed: int  # added to the seed of the config
     variant: str
 
     def folder(self, workdir: Path) -> Path:
-        """Where the run is kept."""
+        """Return the workdir of the run."""
         return workdir / self.variant / f"seed_{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The base config of a file and its sweep: variants in the order of tables and figures."""
+    """The base config of a file and its sweep; the order of the variants is that of tables and figures."""
 
     name: str
-    config: Any  # of `get_config`, a locked ConfigDict
+    config: Any  # the locked ConfigDict that `get_config` returns
     baseline: str
     variants: Mapping[str, Mapping[str, Any]]  # name -> {"model.shortcut": "none", ...}
-    source: str  # of the paper's answer
-    published: Mapping[str, float] = field(default_factory=dict)  # variant -> the paper's top-1, %
+    source: str  # where the paper answers the question
+    published: Mapping[str, float] = field(default_factory=dict)  # variant -> top-1 in the paper, %
     figure: str = "points"  # points | frontier: accuracy against multiply-adds
-    series: str = ""  # of a frontier: the key whose values tell its lines apart; empty: one line
+    series: str = ""  # for a frontier: variants with equal values of this key share a line; empty: one line
 
     def make_config(self, key: RunKey):
-        """The config of one run, locked; ValueError for a key or type that the base does not have."""
+        """Return the locked config of one run.
+
+        Raises ValueError for a key that the base does not have, and for a value of another type.
+        """
         config = self.config.copy_and_resolve_references()
         overrides = {**self.variants[key.variant], "seed": self.config.seed + key.seed}
         try:
@@ -63,7 +63,7 @@ class Study:
         return config.lock()
 
     def make_spec(self, variant: str, num_classes: int) -> Spec:
-        """The network of a variant; `num_classes` where the config names none."""
+        """Return the network of a variant; `num_classes` is used if the config sets none."""
         options = self.make_config(RunKey(0, variant)).model.to_dict()
         options = {name: value for name, value in options.items() if name not in _NOT_OF_THE_SPEC}
         if options["num_classes"] is None:
@@ -71,11 +71,11 @@ class Study:
         return make_spec(**options)
 
     def compute_cost(self, variant: str, num_classes: int) -> Cost:
-        """What an image costs, at the size that the variant sees."""
+        """Compute the cost of one image at the image size of the variant."""
         return compute_cost(self.make_spec(variant, num_classes), self.make_config(RunKey(0, variant)).data.image_size)
 
     def group_variants(self) -> dict[str, list[str]]:
-        """{label of a frontier's line: its variants}, by their values of the key `series`."""
+        """Return the variants of each line of a frontier, by label; a line shares one value of the key `series`."""
         groups: dict[str, list[str]] = {}
         for variant in self.variants:
             flat = flatten_config(self.make_config(RunKey(0, variant)))
@@ -83,14 +83,28 @@ class Study:
         return groups
 
     def list_runs(self, seeds: int, variants: Sequence[str]) -> list[RunKey]:
-        """The runs in the order of their doing: every variant of a seed before the next seed."""
+        """List the runs in the order of training: all variants with one seed come before the next seed."""
         return [RunKey(seed, variant) for seed in range(seeds) for variant in self.variants if variant in variants]
 
 
-def read_study(path: str, config) -> Study:
-    """The study of a config file `path[:argument]`, whose `get_config` gave `config`.
+def load_study(path: str, overrides: list[str]) -> Study:
+    """Load the study of a config file `path[:argument]`, with overrides applied to its base config.
 
-    Raises ValueError, in one sentence, where the file has no sweep or one that is ill-formed.
+    Raises ValueError, in one sentence, for a mistake in the file or in the overrides, and for an override of a key
+    that a variant sets.
+    """
+    study = read_study(path, load_config(path, overrides))
+    keys = [override.partition("=")[0].removeprefix("--config.") for override in overrides]
+    for variant, changes in study.variants.items():
+        if taken := [key for key in keys if key in changes]:
+            raise ValueError(f"--config.{taken[0]} cannot be set: variant {variant} of {study.name} sets it")
+    return study
+
+
+def read_study(path: str, config) -> Study:
+    """Return the study of a config file `path[:argument]` whose base config is `config`.
+
+    Raises ValueError, in one sentence, if the file has no sweep or an invalid one.
     """
     file = path.split(":")[0]
     sweep = runpy.run_path(file).get("sweep")
@@ -99,7 +113,7 @@ def read_study(path: str, config) -> Study:
     given = sweep()
     if not isinstance(given, dict) or not {*_NEEDED} <= given.keys() <= {*_NEEDED, *_OPTIONAL}:
         needed, optional = ", ".join(_NEEDED), ", ".join(_OPTIONAL)
-        raise ValueError(f"sweep() of {file} must return a dict of {needed}, and, if need be, {optional}")
+        raise ValueError(f"sweep() of {file} must return a dict with {needed}, and optionally {optional}")
     study = Study(name=Path(file).stem, config=config, **given)
     check_choice(f"baseline of {file}", study.baseline, tuple(study.variants))
     check_choice(f"figure of {file}", study.figure, FIGURES)
@@ -111,71 +125,6 @@ def read_study(path: str, config) -> Study:
 
 
 def hash_config(flat: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits that tell configs apart; those of seeds, places and names alone are equal."""
-    kept = {name: value for name, value in flat.items() if name not in (*_FREE_KEYS, "seed")}
+    """Return twelve hexadecimal digits that identify a config; seed, name and paths do not count."""
+    kept = {name: value for name, value in flat.items() if name not in (*FREE_KEYS, "seed")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
-
-
-# The record of a run: what the study knows of it beside the files of the run itself.
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a run; None where it was never started.
-
-    "config" is flat; "status" is one of STATUSES; "seconds" is the time of all attempts that ended in order, be it by a
-    signal, but not by kill -9; "error" says why a run failed.
-    """
-    path = folder / RECORD_FILE
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text())
-        check_choice("status", record["status"], STATUSES)
-        _ = record["config"].items(), record["seconds"] + 0
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no record of a run: {error}; remove {folder} to run it again") from error
-    return record
-
-
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Keep the record of a run, at any moment whole."""
-    from mobilenet_jax.workdir.files import write_json_atomic
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / RECORD_FILE, record)
-
-
-def check_record(study: Study, key: RunKey, workdir: Path) -> None:
-    """Raise ValueError, naming the keys, if the run was started with another config than the study now gives it."""
-    record = read_record(key.folder(workdir))
-    if record is None:
-        return
-    old, new = record["config"], flatten_config(study.make_config(key))
-    changed = sorted(k for k in old.keys() | new.keys() if k not in _FREE_KEYS and old.get(k) != new.get(k))
-    if changed:
-        differences = "; ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in changed)
-        raise ValueError(
-            f"{key.folder(workdir)} was run with another config: {differences}; restore it or give another --workdir"
-        )
-
-
-def find_runs(study: Study, workdir: Path) -> list[RunKey]:
-    """The runs of the study that were started in the workdir, in the order of the sweep, then by seed."""
-    found = []
-    for variant in study.variants:
-        seeds = [path.parent.name.removeprefix("seed_") for path in (workdir / variant).glob(f"seed_*/{RECORD_FILE}")]
-        found += [RunKey(seed, variant) for seed in sorted(int(seed) for seed in seeds if seed.isdecimal())]
-    return found
-
-
-@contextlib.contextmanager
-def lock(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Whether the lock on the file `path` is this process's; the system takes it back when a process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True

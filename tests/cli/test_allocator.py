@@ -11,9 +11,9 @@ from mobilenet_jax.cli.allocator import TUNABLES
 
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc alone is tuned")
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the allocator of glibc is tuned")
 
-# Allocate and free what a step allocates and frees, ten times, in another thread as XLA does; print the page faults.
+# Allocate and free a large buffer ten times in another thread, as a step of XLA does; print the number of page faults.
 FAULTS = """
 import resource
 from concurrent.futures import ThreadPoolExecutor
@@ -33,10 +33,10 @@ import numpy as np
 array = np.ones(2**26, np.uint8)
 print(sum(int(kilobytes) for kilobytes in re.findall(r"AnonHugePages: +(\d+) kB", open("/proc/self/smaps").read())))
 """
-# A command that starts itself again, and says what it then is.
+# A command that restarts itself and prints its settings, process id, arguments and allocator.
 COMMAND = """
 import os, sys
-from mobilenet_jax.malloc import describe_allocator, restart_tuned
+from mobilenet_jax.cli.allocator import describe_allocator, restart_tuned
 if __name__ == "__main__":
     restart_tuned()
     print(os.environ.get("GLIBC_TUNABLES"), os.getpid(), sys.argv[1:], sep="|")
@@ -45,7 +45,7 @@ if __name__ == "__main__":
 
 
 def run(program: str, *arguments: str, **variables: str) -> list[str]:
-    """The lines that `python -c program` prints."""
+    """Return the lines that `python -c program` prints."""
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(
         command, env=CLEAN | variables, capture_output=True, text=True, check=True
@@ -60,9 +60,7 @@ def test_freed_buffers_are_reused_without_page_faults():
 
 
 @needs_glibc
-@pytest.mark.skipif(
-    not SETTING.exists() or "[never]" in SETTING.read_text(), reason="this system has no huge pages to give"
-)
+@pytest.mark.skipif(not SETTING.exists() or "[never]" in SETTING.read_text(), reason="this system has no huge pages")
 def test_large_arrays_are_in_huge_pages():
     assert int(run(HUGE, GLIBC_TUNABLES=TUNABLES)[0]) > 0.9 * 2**26 / 2**10
 

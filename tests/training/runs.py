@@ -1,21 +1,14 @@
 """A run of seconds, for the tests of whole runs."""
 
-import contextlib
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import jax
-import pytest
 
 from benchmarks import kill_resume
 from configs import base
 from mobilenet_jax.data.loader import TrainIterator
-from mobilenet_jax.training import build
-from mobilenet_jax.training.sharding import make_mesh
 
 STEPS = 12
 
@@ -62,11 +55,3 @@ def send_at(monkeypatch, step: int, number: signal.Signals) -> None:
 def assert_same_run(first: Path, second: Path) -> None:
     """All that must be equal to the last bit is."""
     assert kill_resume.find_differences(kill_resume.read_run(first), kill_resume.read_run(second)) == []
-
-
-@contextlib.contextmanager
-def on_one_device() -> Iterator[None]:
-    """Have runs see the first device alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-        yield

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import STEPS, assert_same_run, make_config, on_one_device, read_result, send_at
+from runs import STEPS, assert_same_run, make_config, read_result, send_at
 
 from mobilenet_jax.data.loader import make_train_iterator
 from mobilenet_jax.models.init import init_variables
@@ -37,10 +37,10 @@ def make_probe_config(**values) -> Any:
 
 
 @pytest.fixture(scope="module")
-def phases(tmp_path_factory) -> Path:
+def phases(tmp_path_factory, show_one_device) -> Path:
     """The workdir of a finished run whose layers thaw after 4 of 12 steps."""
     workdir = tmp_path_factory.mktemp("run") / "phases"
-    with on_one_device():
+    with show_one_device():
         train_and_evaluate(make_config(**PHASES), workdir)
     return workdir
 
@@ -99,10 +99,10 @@ def test_trap_17_the_run_ends_with_statistics_of_its_last_parameters(phases):
 
 
 @pytest.fixture(scope="module")
-def probe(finished, tmp_path_factory) -> Path:
+def probe(finished, tmp_path_factory, show_one_device) -> Path:
     """The workdir of a finished linear probe of `finished` on other digits than it was trained on."""
     workdir = tmp_path_factory.mktemp("run") / "probe"
-    with on_one_device():
+    with show_one_device():
         train_and_evaluate(make_probe_config(init=str(finished)), workdir)
     return workdir
 

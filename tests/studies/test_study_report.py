@@ -1,4 +1,4 @@
-"""Statistics and files of a study from runs that were written by hand."""
+"""The statistics and files of a study, from runs that were written by hand."""
 
 import csv
 import io
@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from configs.ablations import shallow_vs_narrow
+from mobilenet_jax.studies.records import write_record
 from mobilenet_jax.studies.report import (
     COLUMNS,
     COLUMNS_OF_TIME,
@@ -22,7 +23,7 @@ from mobilenet_jax.studies.report import (
     summarise,
     write_report,
 )
-from mobilenet_jax.studies.study import RunKey, Study, hash_config, write_record
+from mobilenet_jax.studies.study import RunKey, Study, hash_config
 from mobilenet_jax.training.config import flatten_config
 
 TOP1 = {"narrow": (0.90, 0.92, 0.91), "shallow": (0.88, 0.905, 0.89), "full": (0.93,)}
@@ -35,7 +36,7 @@ def study() -> Study:
 
 
 def add_run(study: Study, workdir: Path, key: RunKey, top1: float | None, *, seconds: float = 12.34) -> None:
-    """The files of a run that ended with `top1`, or failed (None)."""
+    """Write the files of a run that ended with `top1`, or that failed (None)."""
     folder = key.folder(workdir)
     status = "failed" if top1 is None else "finished"
     config = flatten_config(study.make_config(key))
@@ -68,13 +69,13 @@ def test_summary_is_student_s():
     assert math.isnan(one.half)
 
 
-def test_intervals_hold_the_truth_19_times_in_20():
+def test_intervals_contain_the_true_mean_19_times_in_20():
     samples = np.random.default_rng(0).normal(5, 2, (4000, 3))
     summaries = [summarise(list(sample)) for sample in samples]
     assert np.mean([abs(s.mean - 5) <= s.half for s in summaries]) == pytest.approx(0.95, abs=0.012)
 
 
-def test_pairing_takes_out_what_seeds_have_in_common():
+def test_pairing_removes_the_effect_of_the_seed():
     base = {0: 90.0, 1: 80.0, 2: 70.0}
     difference = compare({0: 91.0, 1: 81.5, 2: 71.0, 7: 0.0}, base)  # seed 7 has no partner
     assert difference is not None
@@ -83,7 +84,7 @@ def test_pairing_takes_out_what_seeds_have_in_common():
     assert compare({5: 1.0}, base) is None
 
 
-def test_rows_have_what_the_runs_say(study, workdir):
+def test_rows_hold_the_results_of_the_runs(study, workdir):
     rows = read_rows(study, workdir)
     assert [(row["variant"], row["seed"]) for row in rows] == [
         (variant, seed) for variant, values in TOP1.items() for seed in range(len(values))
@@ -109,7 +110,7 @@ def test_rows_have_what_the_runs_say(study, workdir):
     }
 
 
-def test_csv_gives_the_rows_back(study, workdir):
+def test_csv_is_read_back_as_the_same_rows(study, workdir):
     add_run(study, workdir, RunKey(3, "narrow"), None)
     rows = read_rows(study, workdir)
     read = list(csv.DictReader(io.StringIO(format_csv(rows))))
@@ -128,7 +129,7 @@ def test_table(study, workdir):
     assert cells["narrow (base)"][2:] == ["3", "91.00", "1.00", "88.52 to 93.48", "", "", "68.4"]
     # Differences of -2, -1.5 and -2 points: -1.833 +- 4.3027 * 0.2887 / sqrt(3).
     assert cells["shallow"][2:] == ["3", "89.17", "1.26", "86.04 to 92.29", "-1.83", "-2.55 to -1.12", "65.3"]
-    assert cells["full"][2:] == ["1", "93.00", "", "", "+3.00", "", "70.6"]  # of the one seed that both have
+    assert cells["full"][2:] == ["1", "93.00", "", "", "+3.00", "", "70.6"]  # one common seed
     assert "Paper: 1704.04861 Tables 5 and 6, V1 on ImageNet." in lines
     assert "Failed, not in the means: shallow seed 3." in lines
     assert "Commit: abc." in lines
@@ -136,7 +137,7 @@ def test_table(study, workdir):
     assert "Top-1 on 360 images of digits after 2 epochs." in table
 
 
-def test_runs_that_are_not_at_an_end_are_left_out(study, tmp_path):
+def test_unfinished_runs_are_skipped(study, tmp_path):
     key = RunKey(0, "narrow")
     record = {"config": flatten_config(study.make_config(key)), "status": "started", "seconds": 0, "num_classes": 10}
     write_record(key.folder(tmp_path), record)
@@ -144,19 +145,19 @@ def test_runs_that_are_not_at_an_end_are_left_out(study, tmp_path):
     assert write_report(study, tmp_path) is None
     assert not (tmp_path / "results.csv").exists()
     add_run(study, tmp_path, key, None)
-    assert write_report(study, tmp_path) is None  # a failure alone has a row, and nothing to compare
+    assert write_report(study, tmp_path) is None  # a failed run has a row, but no table
     assert (tmp_path / "results.csv").read_text().count("\n") == 2
     assert not (tmp_path / "table.md").exists()
 
 
-def test_the_variables_that_are_evaluated_make_the_curve(study, workdir):
+def test_curves_are_those_of_the_averaged_variables(study, workdir):
     curves = read_curves(study, workdir)
     assert curves["full"] == [[(1, 0.465), (2, 0.93)]]
     assert [run[-1][1] for run in curves["narrow"]] == [0.90, 0.92, 0.91]
 
 
 @pytest.mark.parametrize("figure", ["points", "frontier"])
-def test_files_are_a_function_of_the_runs(study, workdir, tmp_path, figure):
+def test_equal_runs_give_equal_files(study, workdir, tmp_path, figure):
     study = Study(**{**vars(study), "figure": figure})
     table = write_report(study, workdir)
     names = ("results.csv", "table.md", "figure.png")
@@ -164,7 +165,7 @@ def test_files_are_a_function_of_the_runs(study, workdir, tmp_path, figure):
     assert first["table.md"].decode() == table
     with Image.open(workdir / "figure.png") as image:
         assert image.width >= 900
-    for variant, values in reversed(TOP1.items()):  # written in another order, at another speed
+    for variant, values in reversed(TOP1.items()):  # another order and another speed
         for seed, top1 in reversed(list(enumerate(values))):
             add_run(study, tmp_path / "again", RunKey(seed, variant), top1, seconds=99.0)
     write_report(study, tmp_path / "again")
