@@ -45,12 +45,11 @@ _NAMES = (_ORDERED_DICT, _TENSOR, _PARAMETER, *_STORAGES)
 _TEXT = ("BINUNICODE", "SHORT_BINUNICODE")
 _PUTS, _GETS = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
 _SHAREABLE = (*_TEXT, "GLOBAL", "REDUCE", "EMPTY_DICT", "EMPTY_LIST")  # each leaves a value that is no tuple
-_OPCODES = frozenset(
-    (*_SHAREABLE, *_PUTS, *_GETS)
-    + ("PROTO", "STOP", "MARK", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE")
-    + ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS")
-    + ("BINPERSID", "BUILD")
-)
+_OPCODES = {
+    *(*_SHAREABLE, *_PUTS, *_GETS, "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE"),
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPERSID", "BUILD"),
+}
 
 
 # Placeholders are tuples because the opcode BUILD can change the attributes of most other objects.
@@ -150,7 +149,9 @@ def read_pth(path: Path) -> dict[str, np.ndarray]:
         raise WeightsError("it holds no state dict")
     for name, tensor in tensors.items():
         if not isinstance(tensor, _Tensor):
-            raise WeightsError(f"its entry {_expect(name, str)!r} is no tensor; valid: a state dict, model.state_dict()")
+            raise WeightsError(
+                f"its entry {_expect(name, str)!r} is no tensor; valid: a state dict, model.state_dict()"
+            )
     return {_expect(name, str): tensor.view(storages[tensor.storage.key]) for name, tensor in tensors.items()}
 
 
