@@ -15,14 +15,13 @@ from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import Spec, check_choice, to_json
 from mobilenet_jax.models.zoo import make_spec
-from mobilenet_jax.weights import WeightsError
+from mobilenet_jax.weights import FORMATS, WeightsError
 from mobilenet_jax.weights.card import check_card
 from mobilenet_jax.weights.load import CARD_KEY
 from mobilenet_jax.weights.naming import Naming, compare
 from mobilenet_jax.weights.torch_names import TIMM, TORCHVISION
 from mobilenet_jax.workdir.files import write_atomic
 
-FORMATS = ("safetensors", "torchvision", "timm")
 _EXPORTS = {"torchvision": TORCHVISION, "timm": TIMM}
 # Of a spec, what its inference does not depend on.
 _TRAINING = ("dropout", "drop_path", "init", "slim_stddev", "bn_decay")
