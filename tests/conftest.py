@@ -39,7 +39,7 @@ def tiny_weights():
     from mobilenet_jax.models.network import create_model
     from mobilenet_jax.weights.card import HALF, make_card
 
-    model = create_model("mobilenet_v1", width=0.1, num_classes=3)
+    model = create_model("mobilenet_v1", width=0.1, num_classes=3, shallow=True)
     card = make_card(
         name="tiny",
         model="mobilenet_v1",

@@ -144,7 +144,7 @@ def format_card(card: dict, *, path: str) -> str:
     cost, size = compute_cost(spec, given.image_size), given.image_size
     levels = [", ".join(f"{level:g}" for level in triple) for triple in (given.mean, given.std)]
     side = "both sides have" if given.squash else "the shorter side has"
-    how = f"resized ({given.interpolation}) so that {side} {round(size / given.crop_share)} px, centre cropped"
+    how = f"resized ({given.interpolation}) so that {side} {int(size / given.crop_share + 1e-6)} px, centre cropped"
     rows = {
         "network": f"`{card['model']}`, width {card['width']:g}, convention `{card['convention']}`",
         "parameters": f"{cost.params:,}",

@@ -1,4 +1,4 @@
-"""Weights to a file: our own safetensors with the card inside, or as torchvision and timm name and lay them out."""
+"""Weights to a file: our own safetensors with the card inside, or a state dict of torchvision or timm."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from mobilenet_jax.weights.torch_names import TIMM, TORCHVISION
 from mobilenet_jax.workdir.files import write_atomic
 
 _EXPORTS = {"torchvision": TORCHVISION, "timm": TIMM}
-# Of a spec, what its inference does not depend on.
+# The keys of a spec that inference does not depend on.
 _TRAINING = ("dropout", "drop_path", "init", "slim_stddev", "bn_decay")
 
 
@@ -37,14 +37,15 @@ def save_weights(
 ) -> None:
     """Write {"params", "batch_stats"} of a model; the file appears whole or not at all.
 
-    The card is that of `load_weights`, with what has changed since changed in it; the spec in the file is the model's.
-
     Args:
-      path: `.safetensors`, or, of the formats torchvision and timm, also `.pth`: a state dict as torch.save writes it.
-      format: safetensors is ours, with the card; torchvision and timm are what their load_state_dict takes.
+      path: a `.safetensors` file; for the formats torchvision and timm also `.pth`, a state dict as of torch.save.
+      model: the network. Its spec is written into the card.
+      variables: {"params", "batch_stats"}.
+      card: the card of `load_weights` or `make_card`.
+      format: safetensors is our own, with the card; torchvision and timm are for their load_state_dict.
 
     Raises:
-      WeightsError: variables that do not fit the model, a card that does not, or a network the framework cannot have.
+      WeightsError: the variables or the card do not fit the model, or the framework has no such network.
     """
     path = Path(path)
     check_choice("format", format, FORMATS)
@@ -72,7 +73,7 @@ def save_weights(
 
 
 def _to_state_dict(naming: Naming, spec: Spec, flat: Mapping[str, np.ndarray], card: dict) -> dict[str, np.ndarray]:
-    """The framework's tensors; WeightsError where its model of that name would compute something else."""
+    """Return the framework's tensors; raise WeightsError if its model of that name would compute something else."""
     valid = [
         entry for entry in naming.entries if (entry.model, entry.convention) == (card["model"], card["convention"])
     ]
@@ -97,7 +98,7 @@ def _to_state_dict(naming: Naming, spec: Spec, flat: Mapping[str, np.ndarray], c
 
 
 def _to_pth(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """The zip of torch.save: a pickle that calls for the tensors, and their storages beside it."""
+    """Return the zip of torch.save: a pickle that describes the tensors, and their storages."""
     pickle = [b"\x80\x02}("]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:

@@ -201,7 +201,7 @@ def test_a_stream_that_is_cut_off_or_of_another_version_is_refused(tmp_path, ref
     for content, message in (
         (data[:-1], "is cut off"),
         (data[: len(data) // 2], "is cut off"),
-        (data[:100], "damaged or no pth file"),
+        (data[:100], "damaged or not a pth file"),
         (pickle.dumps(5, 2) + data, "it is no file of torch.save"),
         (data.replace(b"M\xe9\x03", b"M\xea\x03", 1), "of another version than 1001"),
         (data.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89", 1), "big-endian"),
