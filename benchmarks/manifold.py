@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from mobilenet_jax.workdir.files import write_text_atomic
+from mobilenet_jax.workdir.files import write_atomic
 
 DIMENSIONS = (2, 3, 5, 15, 30)  # 1801.04381, Fig. 1
 _TURNS = 2
@@ -227,8 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     out, rows = Path(flags.out), run_study(flags.seeds)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(out / "results.csv", _to_csv(rows))
-        write_text_atomic(out / "table.md", format_table(rows))
+        write_atomic(out / "results.csv", _to_csv(rows))
+        write_atomic(out / "table.md", format_table(rows))
         draw(rows, out / "figure.png")
     except OSError as error:
         print(error, file=sys.stderr)

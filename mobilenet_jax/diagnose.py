@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mobilenet_jax.cli.allocator import restart_tuned
 from mobilenet_jax.cli.config import apply_preprocessing, load_config, split_overrides
 from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
-from mobilenet_jax.cli.flags import add_cache_flag
+from mobilenet_jax.cli.flags import add_cache_flag, add_weights_flags
 from mobilenet_jax.cli.startup import configure_memory, show_own_messages
 
 if TYPE_CHECKING:
@@ -35,13 +35,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--weights",
-        required=True,
-        help="a .pth, .safetensors, .h5 or .keras file, the workdir of a run, or a name: torchvision/mobilenet_v2",
-    )
-    parser.add_argument("--name", help="the model in the weights, as timm/tf_mobilenetv3_large_100, where it is needed")
-    parser.add_argument("--offline", action="store_true", help="take what was downloaded before, no network")
+    add_weights_flags(parser, "--weights", required=True)
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--data", nargs="+", metavar="PATH", help="image files, and folders of them at any depth")
     images.add_argument(
@@ -66,7 +60,7 @@ def read_files(files: list[Path], transform: "EvalTransform", *, batch_size: int
     import numpy as np
 
     from mobilenet_jax.data.decode import UnreadableImageError
-    from mobilenet_jax.predict import read_batches
+    from mobilenet_jax.inference.images import read_batches
 
     batch_size = min(batch_size, len(files))
     for _, errors, images in read_batches(files, transform, batch_size=batch_size):
@@ -100,7 +94,7 @@ def open_images(flags: argparse.Namespace, overrides: list[str], card: dict) -> 
         source = f"the evaluation set of {flags.config}"
         return Images(batches, count, source, data.image_size, data.mean, data.std)
     from mobilenet_jax.data.transforms import EvalTransform
-    from mobilenet_jax.predict import list_images
+    from mobilenet_jax.inference.images import list_images
     from mobilenet_jax.weights.card import read_preprocessing
 
     given = read_preprocessing(card, source=f"the weights {card['name']}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from mobilenet_jax.cli.allocator import restart_tuned
 from mobilenet_jax.cli.config import apply_preprocessing, load_config, split_overrides
 from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
-from mobilenet_jax.cli.flags import add_cache_flag, add_cluster_flags
+from mobilenet_jax.cli.flags import add_cache_flag, add_cluster_flags, add_weights_flags
 from mobilenet_jax.cli.startup import configure_jax, show_own_messages
 
 _START = time.perf_counter()
@@ -32,17 +32,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--workdir", help="folder of checkpoints, metrics and figures; default: runs/NAME")
     parser.add_argument("--mode", choices=("train", "eval"), default="train", help="default: train")
     parser.add_argument(
-        "--weights",
-        help="with --mode=eval: evaluate these weights, not the run in the workdir: a file, the workdir of a run, "
-        "or a name as torchvision/mobilenet_v2; images are prepared as the card of the weights says",
-    )
-    parser.add_argument("--name", help="the model of these weights, as timm/tf_mobilenetv3_large_100, if need be")
-    parser.add_argument(
         "--profile",
         type=_parse_steps,
         metavar="START:STOP",
         help="trace these training steps into WORKDIR/profile, for TensorBoard and Perfetto",
     )
+    add_weights_flags(parser, "--weights", use="with --mode=eval, evaluate these instead of the run in the workdir: ")
     add_cache_flag(parser)
     add_cluster_flags(parser)
     arguments, overrides = split_overrides(argv)
@@ -85,7 +80,7 @@ def evaluate_weights(flags: argparse.Namespace, config, workdir: str, overrides:
 
     path = Path(workdir) / "evaluation.json"
     try:
-        weights = load_weights(flags.weights, flags.name)
+        weights = load_weights(flags.weights, flags.name, offline=flags.offline)
         apply_preprocessing(config, weights[2], overrides)
         result = evaluate.evaluate_weights(weights, config.data)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -71,7 +70,7 @@ def test_planted_dead_filters_arrive_in_all_files(weights, tmp_path, capsys):
     assert "diagnosis.json" in err
 
 
-def test_a_run_logs_dead_filters_and_is_diagnosed_with_its_gradient_norms(tmp_path, capsys, monkeypatch):
+def test_a_run_logs_dead_filters_and_is_diagnosed_with_its_gradient_norms(tmp_path, capsys, one_device):
     config = base.get_config()
     settings = {
         "model.name": "mobilenet_v1",

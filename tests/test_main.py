@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import pytest
 
 from mobilenet_jax import main as main_module
@@ -17,7 +16,7 @@ from mobilenet_jax.data.loader import TrainIterator
 from mobilenet_jax.main import main
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
-from mobilenet_jax.training import build, evaluate
+from mobilenet_jax.training import evaluate
 from mobilenet_jax.training import run as run_module
 from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.save import save_weights

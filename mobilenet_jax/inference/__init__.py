@@ -1,1 +1,1 @@
-"""Class names and probabilities for images."""
+"""Class names and probabilities of images."""

@@ -1,4 +1,4 @@
-"""Published weights by name: downloaded once, resumed where they broke off, checked, kept."""
+"""Published weights by name: downloaded once, continued after an interruption, checked and kept."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ from mobilenet_jax.weights.card import Preprocessing
 CACHE = Path("~/.cache/mobilenet_jax/weights").expanduser()
 _CHUNK = 1 << 20
 _TIMEOUT = 30  # seconds without a byte
-# Sources: torchvision 0.29.1 models/mobilenetv2.py and mobilenetv3.py; the first of each is its default. The name of
-# a file ends in the start of its SHA-256.
+# Source: torchvision 0.29.1 models/mobilenetv2.py and mobilenetv3.py. The first file of a model is the default. The
+# name of a file ends in the start of its SHA-256.
 TORCHVISION_URL = "https://download.pytorch.org/models/"
 _TORCHVISION = {
     "mobilenet_v2": {"IMAGENET1K_V2": "mobilenet_v2-7ebf99e0.pth", "IMAGENET1K_V1": "mobilenet_v2-b0353104.pth"},
@@ -27,8 +27,8 @@ _TORCHVISION = {
     },
     "mobilenet_v3_small": {"IMAGENET1K_V1": "mobilenet_v3_small-047dcff4.pth"},
 }
-# Source: Keras 3.15.1 applications/mobilenet.py, mobilenet_v2.py, mobilenet_v3.py, of images of 224 px; it knows the
-# MD5 of V3's files and no sum of the others'.
+# Source: Keras 3.15.1 applications/mobilenet.py, mobilenet_v2.py, mobilenet_v3.py, for images of 224 px. Keras states
+# the MD5 of V3's files and no checksum of the other files.
 KERAS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/"
 _V1_FILES = {100: "1_0", 75: "7_5", 50: "5_0", 25: "2_5"}
 _V2_FILES = {100: "1.0", 75: "0.75", 50: "0.5", 35: "0.35", 130: "1.3", 140: "1.4"}
@@ -42,7 +42,7 @@ _NAME = re.compile(r"(torchvision|keras|timm)/(\w+?)(?:_(\d{3}))?(?:\.(\w+))?")
 
 
 class Published(NamedTuple):
-    """A file to download, and the start of a checksum if its publisher states one."""
+    """A file to download, and the start of its checksum if the publisher states one."""
 
     url: str
     algorithm: str = "sha256"
@@ -50,14 +50,14 @@ class Published(NamedTuple):
 
 
 def is_remote(text: str | Path) -> bool:
-    """Whether it is a name for `fetch` rather than a path."""
+    """Return True for a name that `fetch` takes, False for a path."""
     return str(text).startswith("hf:") or _NAME.fullmatch(str(text)) is not None
 
 
 def fetch(name: str, *, offline: bool) -> tuple[Path, str, Preprocessing | None]:
-    """(file, the model's own name, preprocessing if the publisher states it) of a name, downloaded if it is not there.
+    """Return (file, the model's own name, preprocessing if the publisher states it); download the file if needed.
 
-    Raises WeightsError for an unknown name, a download that fails, or, with `offline`, one that would be needed.
+    Raises WeightsError for an unknown name, for a download that fails, and for one that `offline` forbids.
     """
     if name.startswith("hf:"):
         return _fetch_from_hub(name.removeprefix("hf:"), offline=offline)
@@ -71,7 +71,7 @@ def fetch(name: str, *, offline: bool) -> tuple[Path, str, Preprocessing | None]
 
 
 def find_published(name: str) -> Published:
-    """Where torchvision or Keras publish the model of a name; WeightsError if they do not."""
+    """Return the file in which torchvision or Keras publish a model; raise WeightsError if they do not."""
     found = _NAME.fullmatch(name)
     framework, model, percent, tag = found.groups() if found else (None,) * 4
     width = int(percent or 100)
@@ -96,9 +96,9 @@ def find_published(name: str) -> Published:
 
 
 def download(published: Published, path: Path) -> None:
-    """Download to `path`, which appears whole or not at all; what an earlier try left in PATH.part is continued.
+    """Download to `path`, which appears whole or not at all. PATH.part, left by an interrupted download, is continued.
 
-    Raises WeightsError for a download that breaks off, which the next one continues, and for one of wrong content.
+    Raises WeightsError for a download that is interrupted, which the next call continues, and for wrong content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
@@ -114,7 +114,7 @@ def download(published: Published, path: Path) -> None:
                 file.flush()
                 os.fsync(file.fileno())
     except (OSError, HTTPException) as error:
-        if not (isinstance(error, urllib.error.HTTPError) and error.code == 416):  # nothing is left to ask for
+        if not (isinstance(error, urllib.error.HTTPError) and error.code == 416):  # the part is the whole file
             raise WeightsError(f"{published.url} cannot be downloaded: {error}") from error
         total = start
     if part.stat().st_size < total:
@@ -126,13 +126,13 @@ def download(published: Published, path: Path) -> None:
     if not digest.startswith(published.digest):
         part.unlink()
         raise WeightsError(
-            f"what {published.url} gave has {published.algorithm} {digest}, not {published.digest}...: it was deleted"
+            f"{published.url} has {published.algorithm} {digest}, not {published.digest}...: it was deleted"
         )
     part.replace(path)
 
 
 def _fetch_from_hub(repository: str, *, offline: bool) -> tuple[Path, str, Preprocessing]:
-    """The same of a timm model on the Hugging Face hub, whose library keeps a cache of its own."""
+    """Do the work of `fetch` for a timm model on the Hugging Face hub, whose library keeps its own cache."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
@@ -140,8 +140,8 @@ def _fetch_from_hub(repository: str, *, offline: bool) -> tuple[Path, str, Prepr
     try:
         path = hf_hub_download(repository, "model.safetensors", local_files_only=offline)
         config = json.loads(Path(hf_hub_download(repository, "config.json", local_files_only=offline)).read_text())
-    except (OSError, ValueError) as error:  # all of the library's are of these kinds
-        raise WeightsError(f"hf:{repository} cannot be had: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError) as error:  # the library raises no other kinds
+        raise WeightsError(f"hf:{repository} cannot be downloaded: {str(error).splitlines()[0]}") from error
     try:
         given = config["pretrained_cfg"]
         preprocessing = Preprocessing(

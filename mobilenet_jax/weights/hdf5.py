@@ -1,6 +1,6 @@
-"""Keras' files: Keras 3 weights, the older HDF5 of weights or of a whole model, and the .keras zip.
+"""Keras' files: the weights of Keras 3, the older HDF5 of weights or a whole model, and the .keras zip.
 
-Tensors are called LAYER/kernel, bias, gamma, beta, moving_mean, moving_variance, layers in lower case.
+Tensors are called LAYER/kernel, bias, gamma, beta, moving_mean and moving_variance, with layers in lower case.
 """
 
 import io
@@ -19,27 +19,27 @@ import numpy as np
 from mobilenet_jax.weights import WeightsError
 
 _NORM = ("gamma", "beta", "moving_mean", "moving_variance")
-_GROUPS_LIMIT = 5_000  # a MobileNet has some 300 layers
+_GROUPS_LIMIT = 5_000  # a MobileNet has about 300 layers
 _ATTRIBUTE_LIMIT = 1_000_000  # bytes
-_MEMORY = 250_000_000  # bytes of address space beside those of the file; Python with h5py takes 120,000,000
+_MEMORY = 250_000_000  # bytes of address space, besides the file's own; Python with h5py takes 120,000,000
 _SECONDS = 60
 _WEIGHTS_MEMBER = "model.weights.h5"
 
 
 def read_hdf5(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a Keras file, in the order of the layers where the file has one.
+    """Return the tensors of a Keras file, in the order of its layers if the file states one.
 
-    HDF5's library allocates whatever a length in the file says, and has been made to crash by others: it reads in a
-    process of its own, of bounded memory and time.
+    HDF5's library allocates as much memory as a length in the file says, and damaged files can crash it. It therefore
+    runs in a child process with limited memory and time.
 
-    Raises WeightsError for a file of another kind or with parts elsewhere.
+    Raises WeightsError for a file of another kind, and for one that refers to other files.
     """
     command = [sys.executable, "-m", __name__, str(path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
-        raise WeightsError(f"HDF5's library did not come to an end with it in {_SECONDS} s") from error
+        raise WeightsError(f"HDF5's library did not finish reading it in {_SECONDS} s") from error
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         raise WeightsError(said[-1] if said else f"HDF5's library crashed on it, with code {done.returncode}")
@@ -48,15 +48,15 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
 
 
 def _main(path: Path) -> None:
-    """Write the tensors to standard output as .npz, or say in a line why not."""
+    """Write the tensors to standard output as .npz, or the error to standard error as one line."""
     limit = _MEMORY + 4 * path.stat().st_size
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         tensors = _read(path)
     except WeightsError as error:
         sys.exit(str(error))
-    except Exception as error:  # whatever h5py and zipfile make of a damaged file
-        sys.exit(f"it is damaged or no file of Keras: {(str(error) or type(error).__name__).splitlines()[0][:200]}")
+    except Exception as error:  # h5py and zipfile raise many kinds for a damaged file
+        sys.exit(f"it is damaged or not a Keras file: {(str(error) or type(error).__name__).splitlines()[0][:200]}")
     np.savez(sys.stdout.buffer, allow_pickle=False, **tensors)
 
 
@@ -72,7 +72,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _open_zip(path: Path) -> io.BytesIO:
-    """The HDF5 inside a .keras file, which Keras does not compress."""
+    """Return the HDF5 file inside a .keras file, which Keras does not compress."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(_WEIGHTS_MEMBER)
         if info.file_size > path.stat().st_size:
@@ -81,13 +81,13 @@ def _open_zip(path: Path) -> io.BytesIO:
 
 
 class _Reader:
-    """Reads arrays of no more bytes in all than the file has, whatever their headers say."""
+    """Reads arrays with no more bytes in total than the file has, whatever their headers say."""
 
     def __init__(self, size: int):
         self._left = size
 
     def group(self, parent: h5py.Group, path: str) -> h5py.Group:
-        """The group inside; WeightsError if it is none or lies in another file."""
+        """Return the group at a path; raise WeightsError if there is none or it lies in another file."""
         for name in path.split("/"):
             parent = self._follow(parent, name, h5py.Group)
             if len(parent) > _GROUPS_LIMIT:
@@ -95,13 +95,13 @@ class _Reader:
         return parent
 
     def _follow(self, parent: h5py.Group, name: str, kind: type) -> Any:
-        # Soft and external links, which Keras does not write, could lead anywhere.
+        # Keras writes no soft or external links, which could lead to any file.
         if not isinstance(parent.get(name, getlink=True), h5py.HardLink) or not isinstance(parent[name], kind):
             raise WeightsError(f"it has no {kind.__name__.lower()} {name!r} in {parent.name!r}")
         return parent[name]
 
     def read_numbered(self, layers: h5py.Group) -> dict[str, np.ndarray]:
-        """Keras 3: layers/conv2d_10/vars/0, the layer's own name beside them; variables in the order of creation."""
+        """Read Keras 3's layout: layers/conv2d_10/vars/0, in order of creation; the layer's name is an attribute."""
         tensors = {}
         for number in map(str, layers):
             layer = self.group(layers, number)
@@ -118,7 +118,7 @@ class _Reader:
         return tensors
 
     def read_layers(self, layers: h5py.Group) -> dict[str, np.ndarray]:
-        """Keras 2: the names of layers and of their weights are attributes."""
+        """Read Keras 2's layout: the names of layers and of their weights are attributes."""
         tensors = {}
         for layer in self._strings(layers, "layer_names"):
             group = self.group(layers, layer)
@@ -134,7 +134,9 @@ class _Reader:
             raise WeightsError(f"its group {owner.name!r} has no attribute {name!r}")
         attribute = owner.attrs.get_id(name)
         if math.prod(attribute.shape) * attribute.dtype.itemsize > _ATTRIBUTE_LIMIT:
-            raise WeightsError(f"the attribute {name!r} of its group {owner.name!r} is larger than Keras writes")
+            raise WeightsError(
+                f"the attribute {name!r} of its group {owner.name!r} is larger than any that Keras writes"
+            )
         values = np.array(owner.attrs[name], object, ndmin=1)
         return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
 
@@ -150,7 +152,7 @@ class _Reader:
 
 
 def _normalise(name: str) -> str:
-    """Keras 3's name of a tensor: older V3 files have expanded_conv/expand/BatchNorm."""
+    """Return Keras 3's name of a tensor; older V3 files have names such as expanded_conv/expand/BatchNorm."""
     layer, leaf = name.rsplit("/", 1)
     return f"{layer.lower().replace('/', '_').replace('batchnorm', 'bn')}/{leaf}"
 

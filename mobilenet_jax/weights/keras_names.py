@@ -1,7 +1,7 @@
-"""Keras' names and layout: `conv_dw_1/kernel`, whatever of its files they stood in.
+"""Keras' names of tensors, as `conv_dw_1/kernel`, and its layout; they are the same for all its file formats.
 
-Source: Keras 3.15.1 applications/mobilenet.py, mobilenet_v2.py, mobilenet_v3.py. Names are lower case here, and those
-of older V3 files, as "expanded_conv/expand/BatchNorm", are written as Keras 3 writes them (see `hdf5.py`).
+Source: Keras 3.15.1 applications/mobilenet.py, mobilenet_v2.py, mobilenet_v3.py. `hdf5.py` puts names in lower case,
+and writes the names of older V3 files, as "expanded_conv/expand/BatchNorm", in the way of Keras 3.
 """
 
 from mobilenet_jax.models.spec import Spec
@@ -23,7 +23,7 @@ def _name_v1(spec: Spec) -> Layers:
 
 
 def _name_inverted(spec: Spec, prefix: str) -> dict[str, str]:
-    """The blocks of V2 and V3; the first has no number."""
+    """Return the names in the blocks of V2 and V3; the first block has no number."""
     layers = {}
     for i in range(len(spec.blocks)):
         block = f"{prefix}_{i}" if i else "expanded_conv"
@@ -62,7 +62,7 @@ KERAS = Naming(
         "norm/mean": "/moving_mean",
         "norm/var": "/moving_variance",
     },
-    # Kernels are [height, width, inputs, outputs], depthwise ones [height, width, channels, 1].
+    # Kernels are [height, width, inputs, outputs]; depthwise kernels are [height, width, channels, 1].
     layout=Layout(conv=(0, 1, 2, 3), depthwise=(0, 1, 3, 2), dense=(0, 1), outputs=-1),
     percent=False,
 )

@@ -1,4 +1,4 @@
-"""Any weights -> (model, variables, card): files of torchvision, timm and Keras, our own, and our runs."""
+"""Weights of any kind -> (model, variables, card): files of torchvision, timm and Keras, our own files, our runs."""
 
 import hashlib
 import json
@@ -26,12 +26,12 @@ from mobilenet_jax.weights.torch_names import PUBLISHED_PREPROCESSING, TIMM, TOR
 from mobilenet_jax.workdir.checkpoint import load_variables
 from mobilenet_jax.workdir.metrics import METRICS_FILE, read_metrics
 
-CARD_KEY = "mobilenet_jax_card"  # of a safetensors file's metadata
+CARD_KEY = "mobilenet_jax_card"  # in the metadata of a safetensors file
 NAMINGS = {naming.framework: naming for naming in (TORCHVISION, TIMM, KERAS)}
-_BYTES_LIMIT = 320_000_000  # twice the largest MobileNet, V4-Hybrid-Large's 151 MB in float32
-_HEADER_LIMIT = 8_000_000  # bytes of a safetensors header; a MobileNet's has 100,000
-_COUNTERS = ".num_batches_tracked"  # PyTorch's count of training steps, one a norm
-_BACKGROUND = 1001  # classes of TensorFlow's ImageNet weights: the first is no class
+_BYTES_LIMIT = 320_000_000  # twice the size of the largest MobileNet, V4-Hybrid-Large with 151 MB in float32
+_HEADER_LIMIT = 8_000_000  # bytes of a safetensors header; the header of a MobileNet has 100,000
+_COUNTERS = ".num_batches_tracked"  # PyTorch's count of training steps, one for each norm
+_BACKGROUND = 1001  # classes of TensorFlow's ImageNet weights; the first is the background
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -44,21 +44,22 @@ def load_weights(
     dtype: str = "float32",
     offline: bool = False,
 ) -> tuple[MobileNet, dict, dict]:
-    """(model, {"params", "batch_stats"}, card) of weights, every tensor used and every variable filled.
+    """Return (model, {"params", "batch_stats"}, card). Every tensor is used and every variable is filled.
 
-    Variables are NumPy arrays in float32; the card is JSON (see `card.py`).
+    Variables are float32 NumPy arrays; the card is JSON (see `card.py`).
 
     Args:
       path_or_name: a file (.pth, .safetensors, .h5, .weights.h5, .keras), the workdir or a checkpoint of a run, or
         a name to download: `torchvision/mobilenet_v2`, `keras/MobileNetV2_035`, `hf:timm/mobilenetv2_100.ra_in1k`.
-      name: the model of a foreign file, which must be said where tensors of several are the same:
-        `timm/tf_mobilenetv3_large_100`. Keras' models are taken as built for a known input size.
-      lowering: of the model, as its dtype: see `create_model`.
-      offline: take what was downloaded before; no network.
+      name: the model in a file of another framework, as `timm/tf_mobilenetv3_large_100`. It is needed if several models
+        have the same tensors. Keras' models are taken to be built for a known input size.
+      lowering: see `create_model`.
+      dtype: see `create_model`.
+      offline: use what was downloaded before, without a network.
 
     Raises:
-      WeightsError: a file that cannot be read, does not fit, or may be several models; one sentence.
-      FileNotFoundError: there is nothing of that name.
+      WeightsError: the file cannot be read, fits no model, or fits several. The message is one sentence.
+      FileNotFoundError: there is no such file, workdir or name.
     """
     options: dict[str, Any] = {"lowering": lowering, "dtype": dtype}
     path, preprocessing = Path(path_or_name), None
@@ -81,30 +82,30 @@ def load_weights(
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """({name: array}, metadata) of a file of any format, by its suffix; nothing in it is executed.
+    """Return ({name: array}, metadata) of a file in the format of its suffix; nothing in it is executed.
 
-    Raises WeightsError, in one sentence, for whatever cannot be read.
+    Raises WeightsError, with one sentence, for a file that cannot be read.
     """
     readers = {"pth": read_pth, "pt": read_pth, "bin": read_pth, "h5": read_hdf5, "hdf5": read_hdf5, "keras": read_hdf5}
     suffix = path.suffix.removeprefix(".")
     if suffix != "safetensors" and suffix not in readers:
-        raise WeightsError(f"{path} is of no known format; valid suffixes: safetensors, {', '.join(readers)}")
+        raise WeightsError(f"{path} has no known format; valid suffixes: safetensors, {', '.join(readers)}")
     if path.stat().st_size > _BYTES_LIMIT:
         raise WeightsError(f"{path} has {path.stat().st_size:,} bytes; no MobileNet has more than {_BYTES_LIMIT:,}")
     try:
         return _read_safetensors(path) if suffix == "safetensors" else (readers[suffix](path), {})
     except WeightsError as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # whatever zipfile, h5py, safetensors or pickletools make of a damaged file
+    except Exception as error:  # zipfile, safetensors and pickle raise many kinds for a damaged file
         said = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise WeightsError(f"{path} cannot be read, it is damaged or no {suffix} file: {said}") from error
+        raise WeightsError(f"{path} cannot be read, it is damaged or not a {suffix} file: {said}") from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > min(_HEADER_LIMIT, path.stat().st_size):
-        raise WeightsError(f"its header of {length:,} bytes is larger than a MobileNet's or than the file")
+        raise WeightsError(f"its header of {length:,} bytes is larger than that of any MobileNet, or than the file")
     with safe_open(path, framework="numpy") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
@@ -128,7 +129,10 @@ def _fill_own(spec: Spec, tensors: Tensors, path: Path) -> dict:
 def _load_foreign(
     tensors: Tensors, name: str | None, path: Path, preprocessing: Preprocessing | None
 ) -> tuple[Spec, dict, dict]:
-    """(spec, variables, card) of another framework's tensors; `preprocessing` instead of the usual one of the model."""
+    """Return (spec, variables, card) of another framework's tensors.
+
+    `preprocessing` replaces the model's usual one if it is given.
+    """
     match, tensors = recognise(tensors, name, source=str(path))
     flat = {slot.path: slot.to_variable(_to_float32(n, tensors[n], path)) for n, slot in match.slots.items()}
     spec, notes = match.spec, []
@@ -156,7 +160,10 @@ def _load_foreign(
 
 
 def recognise(tensors: Tensors, name: str | None, *, source: str) -> tuple[Match, Tensors]:
-    """(match, tensors by their names of today) of a foreign file; WeightsError if they are of no network known here."""
+    """Return (the network, tensors under current names) of a foreign file; raise WeightsError if no network fits.
+
+    Old names, which some Keras files have, are replaced by the current ones.
+    """
     tensors = {n: tensor for n, tensor in tensors.items() if not n.endswith(_COUNTERS)}
     shapes = {n: tensor.shape for n, tensor in tensors.items()}
     naming, model = _select_naming(shapes, name, source)
@@ -200,7 +207,7 @@ def _to_float32(name: str, tensor: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _load_run(path: Path, options: dict[str, Any]) -> tuple[MobileNet, dict, dict]:
-    """The newest checkpoint of a workdir, or the one named, with a card from the config saved in it."""
+    """Load the newest checkpoint of a workdir, or the one that `path` names; its config gives the card."""
     try:
         variables, meta = load_variables(path)
     except ValueError as error:
@@ -211,7 +218,7 @@ def _load_run(path: Path, options: dict[str, Any]) -> tuple[MobileNet, dict, dic
     digest = hashlib.sha256()
     for leaf in traverse_util.flatten_dict(variables).values():
         digest.update(np.ascontiguousarray(leaf).data)
-    # A run from before a key was there had its default.
+    # The config of an older run may lack a key, whose default then held.
     given = {f.name: config[f"data.{f.name}"] for f in fields(Preprocessing) if f"data.{f.name}" in config}
     card = make_card(
         name=config["name"],
@@ -228,7 +235,7 @@ def _load_run(path: Path, options: dict[str, Any]) -> tuple[MobileNet, dict, dic
 
 
 def _read_evaluation(workdir: Path, step: int) -> dict:
-    """What the run measured at the step, if it evaluated there."""
+    """Return the metrics of the run's evaluation at a step; empty if it did not evaluate then."""
     if not (workdir / METRICS_FILE).exists():
         return {}
     lines = [line for line in read_metrics(workdir) if line["step"] == step]

@@ -1,4 +1,4 @@
-"""What another framework calls a network's tensors, how it lays them out, and which network a file holds."""
+"""The names and layouts of another framework's tensors, and the search for the network that a file holds."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from mobilenet_jax.weights import WeightsError
 from mobilenet_jax.weights.card import Preprocessing
 
 Shapes = Mapping[str, tuple[int, ...]]
-# Multipliers that some framework publishes weights for; others are searched between the ends.
+# Width multipliers of published weights. Other widths are searched in _WIDTH_RANGE.
 _WIDTHS = (1.0, 0.75, 0.5, 0.35, 0.25, 1.1, 1.2, 1.25, 1.3, 1.4, 1.5, 2.0)
 _WIDTH_RANGE = (1 / 32, 8.0)
 _NAME = re.compile(r"(?P<model>\w+?)(?:_(?P<percent>\d{3}))?(?:\.(?P<tag>\w+))?")
@@ -22,44 +22,44 @@ _NAME = re.compile(r"(?P<model>\w+?)(?:_(?P<percent>\d{3}))?(?:\.(?P<tag>\w+))?"
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of a framework, at any width, with the preprocessing of the weights that are its default."""
+    """A model of a framework at any width, with the preprocessing of its default weights."""
 
-    name: str  # the framework's own, without the width
-    model: str  # ours
+    name: str  # in the framework, without the width
+    model: str  # our name
     convention: str
     preprocessing: Preprocessing
-    width: float | None = None  # what the bare name stands for
+    width: float | None = None  # of the model whose name states no width
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor goes: the variable's path, and how the layouts differ."""
+    """The place of a tensor: its variable's path, and how the layouts differ."""
 
     path: tuple[str, ...]
-    shape: tuple[int, ...]  # the tensor's
-    core: tuple[int, ...]  # the same without the ones of a 1x1 convolution that stands for a dense layer
-    axes: tuple[int, ...]  # the core's, in the variable's order
+    shape: tuple[int, ...]  # of the tensor
+    core: tuple[int, ...]  # the shape, without the ones of a 1x1 convolution that stands for a dense layer
+    axes: tuple[int, ...]  # axes of the core in the order of the variable's axes
 
     def to_variable(self, tensor: np.ndarray) -> np.ndarray:
-        """The tensor in the variable's layout."""
+        """Return the tensor in the variable's layout."""
         return tensor.reshape(self.core).transpose(self.axes)
 
     def to_tensor(self, variable: np.ndarray) -> np.ndarray:
-        """The variable in the tensor's layout."""
+        """Return the variable in the tensor's layout."""
         return variable.transpose(np.argsort(self.axes)).reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a framework orders the axes of a kernel: which of its axes is our first, second, ..."""
+    """How a framework orders the axes of a kernel: the numbers of its axes in our order."""
 
-    conv: tuple[int, ...]  # ours: height, width, inputs of a group, outputs
+    conv: tuple[int, ...]  # our order: height, width, inputs of a group, outputs
     depthwise: tuple[int, ...]
-    dense: tuple[int, ...]  # ours: inputs, outputs
-    outputs: int  # the axis of the outputs, in any kernel: first or last
+    dense: tuple[int, ...]  # our order: inputs, outputs
+    outputs: int  # the axis of the outputs in every kernel: 0 or -1
 
     def widen(self, core: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a dense kernel that is stored as a 1x1 convolution's."""
+        """Return the shape of a dense kernel that is stored as a 1x1 convolution."""
         return (*core, 1, 1) if self.outputs == 0 else (1, 1, *core)
 
 
@@ -69,28 +69,31 @@ class Naming:
 
     framework: str
     entries: tuple[Entry, ...]
-    # "block_03/se/reduce" -> the layer's name, and the name of the norm behind it
+    # "block_03/se/reduce" -> the names of the layer and of the norm that follows it
     name_layers: Callable[[Spec], dict[str, tuple[str, str]]]
-    leaves: Mapping[str, str]  # what follows the layer's name: of kernel, bias, norm/scale, norm/mean, ...
+    leaves: Mapping[str, str]  # kernel, bias, norm/scale, norm/mean, ... -> what follows the layer's name
     layout: Layout
-    percent: bool  # whether names end in the width, as _050, unless it is the entry's
+    percent: bool  # True if names end in the width, as _050, when it is not the entry's width
 
     def name_entry(self, entry: Entry, width: float) -> str:
-        """The name by which `select` finds the entry."""
+        """Return the name by which `select` finds the entry."""
         suffix = f"_{100 * width:03.0f}" if self.percent and width != entry.width else ""
         return f"{self.framework}/{entry.name}{suffix}"
 
     def select(self, name: str) -> tuple[list[Entry], float | None]:
-        """The entries of a name without its framework, and the width if the name says it; WeightsError for no entry."""
+        """Return the entries with a name, given without its framework, and the width if the name states one.
+
+        Raises WeightsError if there is no entry.
+        """
         found = _NAME.fullmatch(name)
         entries = [entry for entry in self.entries if found and entry.name == found["model"]]
         if not entries or not found:
             known = ", ".join(dict.fromkeys(self.name_entry(entry, entry.width or 1.0) for entry in self.entries))
-            raise WeightsError(f"{self.framework} has no model {name!r} that is known here; valid: {known}")
+            raise WeightsError(f"{self.framework} has no model {name!r}; valid: {known}")
         return entries, int(found["percent"]) / 100 if found["percent"] else entries[0].width
 
     def list_slots(self, spec: Spec) -> dict[str, Slot]:
-        """Tensor's name -> slot, for every variable of the network, in the order the layers run."""
+        """Return {tensor's name: slot} for every variable of the network, in the order in which the layers run."""
         layers = self.name_layers(spec)
         conv_heads = {"hidden": spec.hidden_is_conv, "classifier": spec.classifier_is_conv}
         slots = {}
@@ -114,7 +117,7 @@ class Naming:
 class Match:
     """The network that a file's tensors belong to."""
 
-    name: str  # the framework's own, with the framework
+    name: str  # as FRAMEWORK/MODEL
     entry: Entry
     width: float
     spec: Spec
@@ -122,12 +125,12 @@ class Match:
 
 
 def identify(naming: Naming, shapes: Shapes, *, name: str | None, source: str) -> Match:
-    """The network whose names and shapes the file's tensors have, all of them and no others.
+    """Return the network that has exactly the names and shapes of a file's tensors.
 
-    `name` is the framework's own, without the framework; none: it is read off the tensors.
+    `name` is the framework's name of the model, without the framework; if it is None, all models are tried.
 
     Raises:
-      WeightsError: tensors that no network has, or that several have; the message names them.
+      WeightsError: no network has these tensors, or several have; the message names the differences or the networks.
     """
     entries, width = naming.select(name) if name else (_find_closest(naming, shapes), None)
     fits, closest = [], (math.inf, f"{naming.framework}/{name}, a network that cannot be built")
@@ -142,14 +145,14 @@ def identify(naming: Naming, shapes: Shapes, *, name: str | None, source: str) -
         raise WeightsError(f"{source} does not fit {closest[1]}")
     if len(fits) > 1:
         raise WeightsError(
-            f"{source} may be {' or '.join(match.name for match in fits)}: their tensors are the same, "
-            "padding, batch norm's epsilon or fixed filters are not; give the name of one"
+            f"{source} may be {' or '.join(match.name for match in fits)}: they have the same tensors, "
+            "but another padding, epsilon of batch norm or fixed filter; give the name of one"
         )
     return fits[0]
 
 
 def _find_closest(naming: Naming, shapes: Shapes) -> list[Entry]:
-    """The entries, several if they have the same tensors, whose names are most of the file's."""
+    """Return the entries whose tensors' names differ least from the file's; several if they tie."""
 
     def count_strangers(entry: Entry) -> int:
         spec = make_spec(entry.model, width=entry.width or 1.0, convention=entry.convention)
@@ -160,7 +163,10 @@ def _find_closest(naming: Naming, shapes: Shapes) -> list[Entry]:
 
 
 def _candidates(naming: Naming, entry: Entry, shapes: Shapes, width: float | None) -> Iterator[Match]:
-    """The entry's network with the file's classifier at the width, or the published widths and the one that fits."""
+    """Yield the entry's network, with the file's classifier, at the given width or at all likely ones.
+
+    The likely widths are the published ones, and then the one at which the number of elements agrees.
+    """
 
     def make(width: float) -> Spec:
         return _fit_tail(naming, make_spec(entry.model, width=width, convention=entry.convention), shapes)
@@ -179,9 +185,9 @@ def _candidates(naming: Naming, entry: Entry, shapes: Shapes, width: float | Non
 
 
 def align_by_order(naming: Naming, shapes: Shapes) -> Iterator[dict[str, str]]:
-    """{tensor's name: the name of today} of every network with as many tensors, of as many axes each, in this order.
+    """Yield {tensor's name: current name} for every network whose tensors have the same numbers of axes in this order.
 
-    Keras reads its older files so, and the names in those it publishes are of several ages.
+    Keras reads its older files by order too: the names in its published files come from several of its versions.
     """
     for entry in naming.entries:
         spec = make_spec(entry.model, convention=entry.convention)
@@ -192,7 +198,7 @@ def align_by_order(naming: Naming, shapes: Shapes) -> Iterator[dict[str, str]]:
 
 
 def _fit_tail(naming: Naming, spec: Spec, shapes: Shapes) -> Spec:
-    """The spec with the classes of the file's classifier, or without the layers behind the pooling that it lacks."""
+    """Return the spec with the file's number of classes, and without layers after the pooling that the file lacks."""
     layers = naming.name_layers(spec)
     kernels = {layer: layers[layer][0] + naming.leaves["kernel"] for layer in ("hidden", "classifier")}
     if shape := shapes.get(kernels["classifier"]):
@@ -201,7 +207,10 @@ def _fit_tail(naming: Naming, spec: Spec, shapes: Shapes) -> Spec:
 
 
 def _search_width(naming: Naming, make: Callable[[float], Spec], shapes: Shapes) -> float:
-    """The width at which the network's tensors have as many elements as the file's, by bisection: none shrinks."""
+    """Return the width at which the network has as many elements as the file, found by bisection.
+
+    Bisection works because no tensor shrinks when the width grows.
+    """
 
     def exceed(width: float) -> int:
         try:
@@ -214,12 +223,12 @@ def _search_width(naming: Naming, make: Callable[[float], Spec], shapes: Shapes)
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if exceed(middle) < 0 else (low, middle)
-    # Many widths are the same network: the roundest of them.
+    # Many widths give the same network; return the one with the fewest digits.
     return next((round(high, digits) for digits in (1, 2, 3) if not exceed(round(high, digits))), high)
 
 
 def compare(expected: Shapes, found: Shapes) -> tuple[int, str]:
-    """How many tensors differ, and which: the first of each kind."""
+    """Return the number of tensors that differ, and a sentence that names the first ones of each kind."""
     groups = {
         "it lacks": [name for name in expected if name not in found],
         "it has unknown": [name for name in found if name not in expected],

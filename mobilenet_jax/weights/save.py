@@ -1,9 +1,8 @@
-"""Weights to a file: our own safetensors with the card inside, or as torchvision and timm name and lay them out."""
+"""Weights to a file: our own safetensors with the card inside, or a state dict of torchvision or timm."""
 
 import io
 import json
 import math
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +15,15 @@ from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import Spec, check_choice, to_json
 from mobilenet_jax.models.zoo import make_spec
-from mobilenet_jax.weights import WeightsError
+from mobilenet_jax.weights import FORMATS, WeightsError
 from mobilenet_jax.weights.card import check_card
 from mobilenet_jax.weights.load import CARD_KEY
 from mobilenet_jax.weights.naming import Naming, compare
 from mobilenet_jax.weights.torch_names import TIMM, TORCHVISION
+from mobilenet_jax.workdir.files import write_atomic
 
-FORMATS = ("safetensors", "torchvision", "timm")
 _EXPORTS = {"torchvision": TORCHVISION, "timm": TIMM}
-# Of a spec, what its inference does not depend on.
+# The keys of a spec that inference does not depend on.
 _TRAINING = ("dropout", "drop_path", "init", "slim_stddev", "bn_decay")
 
 
@@ -38,14 +37,15 @@ def save_weights(
 ) -> None:
     """Write {"params", "batch_stats"} of a model; the file appears whole or not at all.
 
-    The card is that of `load_weights`, with what has changed since changed in it; the spec in the file is the model's.
-
     Args:
-      path: `.safetensors`, or, of the formats torchvision and timm, also `.pth`: a state dict as torch.save writes it.
-      format: safetensors is ours, with the card; torchvision and timm are what their load_state_dict takes.
+      path: a `.safetensors` file; for the formats torchvision and timm also `.pth`, a state dict as of torch.save.
+      model: the network. Its spec is written into the card.
+      variables: {"params", "batch_stats"}.
+      card: the card of `load_weights` or `make_card`.
+      format: safetensors is our own, with the card; torchvision and timm are for their load_state_dict.
 
     Raises:
-      WeightsError: variables that do not fit the model, a card that does not, or a network the framework cannot have.
+      WeightsError: the variables or the card do not fit the model, or the framework has no such network.
     """
     path = Path(path)
     check_choice("format", format, FORMATS)
@@ -72,21 +72,8 @@ def save_weights(
         write_atomic(path, save(tensors, {"format": "pt"}))
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under another name, and rename it when it is on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _to_state_dict(naming: Naming, spec: Spec, flat: Mapping[str, np.ndarray], card: dict) -> dict[str, np.ndarray]:
-    """The framework's tensors; WeightsError where its model of that name would compute something else."""
+    """Return the framework's tensors; raise WeightsError if its model of that name would compute something else."""
     valid = [
         entry for entry in naming.entries if (entry.model, entry.convention) == (card["model"], card["convention"])
     ]
@@ -111,7 +98,7 @@ def _to_state_dict(naming: Naming, spec: Spec, flat: Mapping[str, np.ndarray], c
 
 
 def _to_pth(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """The zip of torch.save: a pickle that calls for the tensors, and their storages beside it."""
+    """Return the zip of torch.save: a pickle that describes the tensors, and their storages."""
     pickle = [b"\x80\x02}("]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:

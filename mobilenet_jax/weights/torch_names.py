@@ -1,7 +1,7 @@
-"""torchvision's and timm's names, and PyTorch's layout.
+"""The names of tensors in torchvision and timm, and PyTorch's layout.
 
 Sources: torchvision 0.29.1 models/mobilenetv2.py, mobilenetv3.py; timm 1.0.31 models/mobilenetv3.py,
-efficientnet.py and _efficientnet_blocks.py; the preprocessing is that of the published weights there.
+efficientnet.py and _efficientnet_blocks.py. They also state the preprocessing of the published weights.
 """
 
 from dataclasses import replace
@@ -28,14 +28,14 @@ _LEAVES = {
     "norm/mean": ".running_mean",
     "norm/var": ".running_var",
 }
-# Kernels are [outputs, inputs of a group, height, width]; dense ones [outputs, inputs].
+# Kernels are [outputs, inputs of a group, height, width]; dense kernels are [outputs, inputs].
 _LAYOUT = Layout(conv=(2, 3, 1, 0), depthwise=(2, 3, 1, 0), dense=(1, 0), outputs=0)
 
 Layers = dict[str, tuple[str, str]]
 
 
 def _name_torchvision(spec: Spec) -> Layers:
-    """`features.I`: a convolution and its norm are .0 and .1; V2's projection and norm stand alone in `conv`."""
+    """Return names as `features.I`: a convolution and its norm are .0 and .1, but V2's projection lies in `conv`."""
     is_v2 = spec.name == "mobilenet_v2"
     layers = {}
     for i, (name, row, channels) in enumerate(spec.rows()):
@@ -55,7 +55,7 @@ def _name_torchvision(spec: Spec) -> Layers:
     return {**layers, "hidden": ("classifier.0", ""), "classifier": ("classifier.1" if is_v2 else "classifier.3", "")}
 
 
-# Rows of timm's stages, `blocks.STAGE.ROW`.
+# The numbers of rows in timm's stages, `blocks.STAGE.ROW`.
 _STAGES = {
     "mobilenet_v1": (1, 2, 2, 6, 2),
     "mobilenet_v1_headconv": (1, 2, 2, 6, 2),
@@ -112,7 +112,7 @@ def _name_timm(spec: Spec) -> Layers:
     last = f"blocks.{len(stages)}.0"
     layers = {
         "stem": ("conv_stem", "bn1"),
-        # V3 and V4 call the layer behind the pooling their head, and count the one before it as a stage.
+        # In V3 and V4, timm's head is the layer after the pooling, and our head is its last stage.
         "head": (f"{last}.conv", f"{last}.bn1") if spec.hidden else ("conv_head", "bn2"),
         "hidden": ("conv_head", "norm_head"),
         "classifier": ("classifier", ""),
@@ -189,8 +189,8 @@ TIMM = Naming(
     layout=_LAYOUT,
     percent=True,
 )
-# Exceptions, by the start of the file's SHA-256 or by name: torchvision's IMAGENET1K_V2 weights are for images resized
-# to 232 px; timm trained its narrow V4 and wide V1 otherwise than their kin.
+# Exceptions, by the start of the file's SHA-256 or by name. torchvision's IMAGENET1K_V2 weights expect images resized
+# to 232 px. timm trained its narrow V4 and its wide V1 with other preprocessing than the rest of their families.
 PUBLISHED_PREPROCESSING: dict[str, Preprocessing] = {
     **dict.fromkeys(("7ebf99e0", "5c1a4163"), replace(IMAGENET, crop_share=224 / 232)),
     **dict.fromkeys(("timm/mobilenetv4_conv_small_035", "timm/mobilenetv4_conv_small_050"), _HALF_BICUBIC),

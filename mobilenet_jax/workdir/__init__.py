@@ -1,1 +1,1 @@
-"""The files of a run: checkpoints, metrics, environment."""
+"""The files of a run: checkpoints, metrics and environment, and the atomic writing of files."""

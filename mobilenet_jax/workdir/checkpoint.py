@@ -1,4 +1,4 @@
-"""Checkpoints of one instant: training state, data iterator and config, written by Orbax, verified when read."""
+"""Checkpoints: training state, data iterator and config of one step, written by Orbax and verified when read."""
 
 import itertools
 import json
@@ -14,8 +14,8 @@ from absl import logging
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-# Keys under which a saved run may not be continued with another value: the state or the data would not fit.
-# A trailing dot stands for a whole section.
+# A run cannot be resumed with another value of these keys, because the state or the data would not fit. A name that
+# ends in a dot stands for a whole section.
 PROTECTED = (
     "seed",
     "parallel",
@@ -31,20 +31,20 @@ PROTECTED = (
     "optim.freeze_epochs",
     "processes",
 )
-# Other formulations of the same network.
+# These choose another formulation of the same network.
 _FREE_MODEL_KEYS = ("model.lowering", "model.depthwise_impl", "model.remat")
 _ITEMS = ("state", "meta")
 
 
 class CheckpointMismatchError(ValueError):
-    """A checkpoint that belongs to another run; the message spells out the difference."""
+    """The checkpoint belongs to another run; the message names the differences."""
 
 
 class Checkpoints:
     """The checkpoints of one workdir, in `WORKDIR/checkpoints/STEP`."""
 
     def __init__(self, workdir: Path, *, keep: int):
-        """Open or create; `keep` of the newest stay."""
+        """Open or create the folder; keep the newest `keep` checkpoints."""
         self._directory = (workdir / "checkpoints").absolute()
         self._keep = keep
         self._manager = self._open()
@@ -54,10 +54,10 @@ class Checkpoints:
         return ocp.CheckpointManager(self._directory, options=options, item_names=_ITEMS)
 
     def save(self, step: int, state: Any, iterator: grain.DatasetIterator, meta: dict) -> None:
-        """Write in the background; a step that is there already is left as it is.
+        """Write in the background, unless the step has been saved already.
 
-        The state is copied to the host first, since the next step reuses its buffers. `meta` is JSON: the config and
-        what the host has accumulated.
+        The state is copied to the host first, because the next step reuses its buffers. `meta` is JSON: the config and
+        the values that the host has accumulated.
         """
         if step in self._manager.all_steps():
             return
@@ -75,14 +75,14 @@ class Checkpoints:
         self._manager.save(step, args=args)
 
     def restore(self, state: Any, iterator: grain.DatasetIterator, *, config: dict) -> tuple[Any, dict] | None:
-        """(state, meta) of the newest sound checkpoint, with the iterator moved to it; None where there is none.
+        """Return (state, meta) of the newest intact checkpoint and move the iterator to it; None if there are none.
 
-        `state` gives the structure and may be of `jax.ShapeDtypeStruct`. Damaged checkpoints that are newer are
-        reported and moved to `WORKDIR/damaged_checkpoints`.
+        `state` gives the structure; its leaves may be `jax.ShapeDtypeStruct`. Newer checkpoints that are damaged are
+        logged and moved to `WORKDIR/damaged_checkpoints`.
 
         Raises:
-          CheckpointMismatchError: `config` (flat, dotted keys) or the state differs in what must not.
-          ValueError: no checkpoint is sound; all stay where they are.
+          CheckpointMismatchError: `config` (flat, dotted keys) or the state differs where it must not.
+          ValueError: all checkpoints are damaged; they stay where they are.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -90,7 +90,7 @@ class Checkpoints:
                 restored = self._read(step, state, iterator, config)
             except CheckpointMismatchError:
                 raise
-            except Exception as error:  # whatever Orbax, TensorStore or JSON make of a damaged file
+            except Exception as error:  # Orbax, TensorStore and JSON raise many kinds for a damaged file
                 damaged[step] = _first_line(error)
                 continue
             if damaged:
@@ -120,7 +120,7 @@ class Checkpoints:
         aside = self._directory.parent / "damaged_checkpoints"
         self._manager.close()
         for step, reason in damaged.items():
-            logging.warning("checkpoint %d is damaged (%s); moved to %s, using the one before", step, reason, aside)
+            logging.warning("checkpoint %d is damaged (%s); moved to %s, using the one before it", step, reason, aside)
             if jax.process_index() == 0:
                 aside.mkdir(exist_ok=True)
                 (self._directory / str(step)).rename(_free_name(aside / str(step)))
@@ -128,12 +128,12 @@ class Checkpoints:
         self._manager = self._open()
 
     def wait(self) -> None:
-        """Until everything saved is on disk; raises what went wrong in the background."""
+        """Wait until everything is on disk; raise the error of a save that failed in the background."""
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Wait and release the threads."""
+        """Wait for saves and stop the threads."""
         self._manager.close()
 
 
@@ -160,10 +160,10 @@ def check_same_run(saved: dict, config: dict, where: Path) -> None:
 
 
 def read_checkpoint(workdir: str | Path) -> tuple[dict[str, np.ndarray], dict]:
-    """({"params.stem.conv.kernel": array, ...}, meta) of a workdir's newest checkpoint, which is not changed.
+    """Return ({"params.stem.conv.kernel": array, ...}, meta) of a workdir's newest checkpoint, without changing it.
 
-    WORKDIR/checkpoints/STEP names a checkpoint that is not the newest. Raises FileNotFoundError if there is none,
-    ValueError if it is damaged.
+    `workdir` may also be WORKDIR/checkpoints/STEP, for a checkpoint that is not the newest. Raises FileNotFoundError if
+    there is no checkpoint, ValueError if it is damaged.
     """
     directory, step = Path(workdir).absolute() / "checkpoints", None
     if directory.parent.parent.name == "checkpoints" and directory.parent.name.isdecimal():
@@ -183,9 +183,9 @@ def read_checkpoint(workdir: str | Path) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def load_variables(workdir: str | Path) -> tuple[dict, dict]:
-    """({"params", "batch_stats"}, meta) of a workdir's newest checkpoint, averaged ones if it has them.
+    """Return ({"params", "batch_stats"}, meta) of a workdir's newest checkpoint: the averaged variables if it has them.
 
-    `meta` has its step beside what was saved. Raises FileNotFoundError if there is none, ValueError if it is damaged.
+    `meta` also has the step. Raises FileNotFoundError if there is no checkpoint, ValueError if it is damaged.
     """
     leaves, meta = read_checkpoint(workdir)
     state: dict[str, Any] = traverse_util.unflatten_dict(leaves, sep=".")
@@ -194,9 +194,9 @@ def load_variables(workdir: str | Path) -> tuple[dict, dict]:
 
 
 def merge_variables(fresh: dict, loaded: dict, *, source: str) -> dict:
-    """`fresh` with every leaf taken from `loaded`, except a classifier of another shape, which stays fresh and is said.
+    """Return `loaded`, with the classifier of `fresh` if its shape differs, which is logged.
 
-    Raises ValueError naming the leaves that do not fit.
+    Raises ValueError, which names the first leaf, if other leaves differ.
     """
     flat: dict[str, Any] = traverse_util.flatten_dict(fresh, sep="/")
     given: dict[str, Any] = traverse_util.flatten_dict(loaded, sep="/")
@@ -209,13 +209,13 @@ def merge_variables(fresh: dict, loaded: dict, *, source: str) -> dict:
             f"the first {wrong[0]}; use the model section of the run that wrote it"
         )
     if misfits:
-        logging.info("init: the classifier starts afresh, since %s has another number of classes", source)
+        logging.info("init: the classifier starts afresh, because %s has another number of classes", source)
     merged = {path: given[path] if path in given and path not in misfits else leaf for path, leaf in flat.items()}
     return traverse_util.unflatten_dict(merged, sep="/")
 
 
 def _name_leaves(state: Any) -> dict[str, Any]:
-    """{"params.stem.conv.kernel": leaf}: flat, so that containers that are empty need no place in a checkpoint."""
+    """Return {"params.stem.conv.kernel": leaf}, which leaves out empty containers."""
     paths = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
 
@@ -225,7 +225,7 @@ def _shapes(leaves: dict[str, Any]) -> dict[str, list]:
 
 
 def _checksum_leaves(leaves: dict[str, np.ndarray]) -> int:
-    """CRC-32 over all leaves: a flipped bit inside a chunk would pass Orbax unnoticed."""
+    """Return the CRC-32 of all leaves, because Orbax does not notice a flipped bit inside a chunk."""
     value = 0
     for name in sorted(leaves):
         value = zlib.crc32(np.ascontiguousarray(leaves[name]).reshape(-1).view(np.uint8).data, value)
@@ -233,7 +233,7 @@ def _checksum_leaves(leaves: dict[str, np.ndarray]) -> int:
 
 
 def _checksum_meta(meta: dict) -> int:
-    """CRC-32 of its JSON: a flipped bit could move the iterator, or make the config another run's."""
+    """Return the CRC-32 of the JSON: a flipped bit could move the iterator or change the config."""
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
@@ -257,6 +257,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _free_name(path: Path) -> Path:
-    """`path`, or the first of `path.1`, `path.2`, ... that does not exist."""
+    """Return `path`, or the first of `path.1`, `path.2`, ... that does not exist."""
     names = (path if i == 0 else path.with_name(f"{path.name}.{i}") for i in itertools.count())
     return next(name for name in names if not name.exists())

@@ -1,4 +1,4 @@
-"""What a result depends on beside the config: versions, machine, commit."""
+"""What a result depends on besides the config: versions, machine, commit."""
 
 import importlib.metadata
 import os
@@ -22,10 +22,9 @@ _PACKAGES = (
 
 
 def environment(devices: Sequence[str]) -> dict:
-    """What a result depends on beside the config: versions, machine, devices, commit of the checkout.
+    """Return versions, machine, devices and the commit of the checkout, as JSON.
 
-    Args:
-      devices: descriptions of the devices in use, as the caller has them.
+    `devices` describes the devices in use.
     """
     return {
         "python": platform.python_version(),
@@ -41,13 +40,13 @@ def environment(devices: Sequence[str]) -> dict:
 def _find_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+    except importlib.metadata.PackageNotFoundError:  # the code runs from a checkout that is not installed
         return None
 
 
 def _find_cpu() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():  # Linux, where platform.processor() is empty or the bare architecture
+    if info.exists():  # on Linux, platform.processor() is empty or the architecture alone
         for line in info.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
@@ -55,7 +54,7 @@ def _find_cpu() -> str:
 
 
 def _find_commit() -> str | None:
-    """The commit of the checkout this file is in, "+changes" where files differ; None outside a checkout."""
+    """Return the commit of this file's checkout, with "+changes" if files differ; None outside a checkout."""
     git = shutil.which("git")
     here = Path(__file__).resolve()
     if git is None:
@@ -64,7 +63,7 @@ def _find_commit() -> str | None:
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run([git, *arguments], cwd=here.parent, capture_output=True, text=True, check=False)
 
-    # An installed copy can lie in a repository that is not this project's: there the file is not tracked.
+    # An installed copy can lie in another project's repository, which does not track this file.
     if run("ls-files", "--error-unmatch", here.name).returncode:
         return None
     commit = run("rev-parse", "HEAD").stdout.strip()

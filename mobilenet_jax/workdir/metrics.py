@@ -1,6 +1,6 @@
-"""What a run writes down: means, metrics.jsonl and TensorBoard events, progress, and its environment.
+"""The metrics of a run: means, metrics.jsonl and TensorBoard events.
 
-Nothing here touches a device; values arrive as Python or NumPy numbers.
+Nothing here touches a device: values are Python or NumPy numbers.
 """
 
 import json
@@ -14,55 +14,55 @@ from typing import SupportsFloat
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from mobilenet_jax.workdir.files import write_text_atomic
+from mobilenet_jax.workdir.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class Mean:
-    """Means over examples, kept as (sum, count) until they are read: the division happens once.
+    """Means over examples, kept as (sum, count) until they are read, so that each is divided once.
 
-    The state is plain data and goes through JSON to the bit, so that a resumed run logs the very same means.
+    The state is plain data that JSON keeps to the bit, so that a resumed run logs the same means.
     """
 
     def __init__(self):
         self._totals: dict[str, tuple[float, float]] = {}
 
     def update(self, sums: Mapping[str, tuple[SupportsFloat, SupportsFloat]]) -> None:
-        """Adds {name: (sum, count)}; numbers of any kind, added up in double precision."""
+        """Add {name: (sum, count)}, numbers of any type, in double precision."""
         for name, (total, count) in sums.items():
             old_total, old_count = self._totals.get(name, (0.0, 0.0))
             self._totals[name] = (old_total + float(total), old_count + float(count))
 
     def compute(self) -> dict[str, float]:
-        """{name: sum / count} of all that was added; ValueError where the count of a name is 0."""
+        """Return {name: sum / count}; raise ValueError if the count of a name is 0."""
         for name, (_, count) in self._totals.items():
             if not count:
                 raise ValueError(f"{name} has no mean: not one example was counted")
         return {name: total / count for name, (total, count) in self._totals.items()}
 
     def state(self) -> dict[str, list[float]]:
-        """{name: [sum, count]}, for a checkpoint."""
+        """Return {name: [sum, count]}, for a checkpoint."""
         return {name: list(pair) for name, pair in self._totals.items()}
 
     def restore(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Goes back to a `state()`, whatever was added since."""
+        """Replace everything by a `state()`."""
         self._totals = {name: (total, count) for name, (total, count) in state.items()}
 
 
 class MetricsWriter:
-    """Writes metrics to WORKDIR/metrics.jsonl and to TensorBoard event files, each step once.
+    """Writes metrics to WORKDIR/metrics.jsonl and to TensorBoard event files, each step once. A context manager.
 
-    Opened at the step of a checkpoint it drops what a killed run wrote after it: lines of later steps and a
-    torn last line leave the file atomically, TensorBoard purges the events of later steps. A context manager.
+    A resumed run drops what a killed run wrote after the checkpoint: lines of later steps and an incomplete last line
+    are removed from the file atomically, and TensorBoard purges the events of later steps.
 
     Args:
-      workdir: a folder; made where missing.
-      start_step: steps completed so far: 0 in a new run, the checkpoint's in a resumed one.
-      active: False makes every method do nothing: on all processes but the first.
+      workdir: a folder, created if it is missing.
+      start_step: the number of steps completed: 0 in a new run, the checkpoint's step in a resumed one.
+      active: if False, every method does nothing. Only the first process is active.
 
     Raises:
-      ValueError: metrics.jsonl has a line, not the last, that is no metrics line.
+      ValueError: a line of metrics.jsonl before the last is no metrics line.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, start_step: int, active: bool = True):
@@ -73,19 +73,19 @@ class MetricsWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _parse_lines(path) if line["step"] <= start_step] if path.exists() else []
         self._step = kept[-1]["step"] if kept else -1
-        write_text_atomic(path, "".join(map(_encode, kept)))
+        write_atomic(path, "".join(map(_encode, kept)))
         self._file = path.open("a", encoding="utf-8")
-        # The suffix keeps a run that is resumed within a second from overwriting the file of the one before.
+        # Without the suffix, a run that is resumed within a second would overwrite the older file.
         self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, filename_suffix=f".{time.time_ns()}")
 
     def write(self, step: int, values: Mapping[str, SupportsFloat | str | None]) -> None:
-        """Appends one line, {"step": step, **values}, and hands it to the system at once.
+        """Append one line, {"step": step, **values}, and pass it to the operating system at once.
 
-        Numbers keep every bit (float32 as the double of the same value). JSON has no word for what is not
-        finite: it is written as null. Numbers also go to TensorBoard under their names.
+        Numbers keep every bit; a float32 becomes the double of the same value. JSON has no numbers that are not finite,
+        so they are written as null. Numbers also go to TensorBoard under their names.
 
         Raises:
-          ValueError: a step that is not after the last one: each stands in the file once.
+          ValueError: the step is not after the last one, because the file has each step once.
         """
         if not self._active:
             return
@@ -95,20 +95,20 @@ class MetricsWriter:
             name: value if isinstance(value, str | None) else np.asarray(value).item() for name, value in values.items()
         }
         self._file.write(_encode({"step": int(step), **plain}))
-        self._file.flush()  # the line is in the buffer whole: this is one system call
+        self._file.flush()  # the buffer holds one whole line, so this is one system call
         self._step = int(step)
         for name, value in plain.items():
             if isinstance(value, int | float):
                 self._events.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Makes all lines so far survive a power cut; before a checkpoint of the same step is saved."""
+        """Write all lines to disk. Call it before a checkpoint of the same step is saved."""
         if self._active:
             os.fsync(self._file.fileno())
             self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Flush and close both files."""
         if self._active:
             self.flush()
             self._file.close()
@@ -122,11 +122,11 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
-    """The lines of WORKDIR/metrics.jsonl in order; a last line that is being written is left out.
+    """Return the lines of WORKDIR/metrics.jsonl in order, without an incomplete last line.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: another line is no metrics line.
+      ValueError: a line before the last is no metrics line.
     """
     path = Path(workdir) / METRICS_FILE
     if not path.exists():
@@ -142,9 +142,9 @@ def _parse_lines(path: Path) -> list[dict]:
             values = json.loads(line)
             _ = values["step"] + 0
         except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):  # torn, or the nothing behind the last line break
+            if number == len(lines):  # incomplete, or empty after the last line break
                 break
-            raise ValueError(f"{path}, line {number}: no metrics of a step: {line[:80]!r}") from error
+            raise ValueError(f"{path}, line {number}: not the metrics of a step: {line[:80]!r}") from error
         parsed.append(values)
     return parsed
 

@@ -194,7 +194,7 @@ def test_the_hub_gives_timms_weights_with_their_preprocessing(server, tmp_path, 
     files = {"model.safetensors": (tmp_path / "w.safetensors").read_bytes(), "config.json": json.dumps(config).encode()}
     server.files = {f"timm/mine/resolve/main/{name}": data for name, data in files.items()}
     server.headers = {"X-Repo-Commit": "0" * 40}
-    with pytest.raises(WeightsError, match="hf:timm/mine cannot be had: "):
+    with pytest.raises(WeightsError, match="hf:timm/mine cannot be downloaded: "):
         load_weights("hf:timm/mine", offline=True)
     for offline in (False, True):
         _, _, card = load_weights("hf:timm/mine", offline=offline)
@@ -207,7 +207,7 @@ def test_the_hub_gives_timms_weights_with_their_preprocessing(server, tmp_path, 
             "mean": [127.5, 127.5, 127.5],
             "std": [63.75, 127.5, 127.5],
         }
-    with pytest.raises(WeightsError, match="hf:timm/none cannot be had: "):
+    with pytest.raises(WeightsError, match="hf:timm/none cannot be downloaded: "):
         load_weights("hf:timm/none")
     server.files["timm/odd/resolve/main/config.json"] = b'{"architecture": "resnet"}'
     server.files["timm/odd/resolve/main/model.safetensors"] = files["model.safetensors"]

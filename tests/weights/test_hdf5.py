@@ -137,7 +137,7 @@ def test_a_length_that_hdf5_would_believe_takes_no_memory(tmp_path):
     assert data.count(descriptor) == 1
     path.write_bytes(data.replace(descriptor, struct.pack("<IQ", 4_000_000_000, data.index(b"GCOL"))))
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    with pytest.raises(WeightsError, match=r"w\.weights\.h5 cannot be read: it is damaged or no file of Keras"):
+    with pytest.raises(WeightsError, match=r"w\.weights\.h5 cannot be read: it is damaged or not a Keras file"):
         read_tensors(path)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < max(before + 1, 300_000)  # kB
 
@@ -151,7 +151,7 @@ def test_a_crash_and_a_hang_of_the_library_are_a_sentence(tmp_path, monkeypatch)
     (tmp_path / "sleeps").chmod(0o755)
     monkeypatch.setattr(hdf5.sys, "executable", str(tmp_path / "sleeps"))
     monkeypatch.setattr(hdf5, "_SECONDS", 0.2)
-    with pytest.raises(WeightsError, match=r"did not come to an end with it in 0\.2 s"):
+    with pytest.raises(WeightsError, match=r"did not finish reading it in 0\.2 s"):
         read_tensors(tmp_path / "w.h5")
 
 

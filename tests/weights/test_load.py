@@ -338,7 +338,7 @@ def test_what_is_not_there_is_said_with_what_would_be_valid(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
         load_weights(tmp_path)
     (tmp_path / "w.ckpt").write_text("")
-    with pytest.raises(WeightsError, match="of no known format; valid suffixes: safetensors, pth"):
+    with pytest.raises(WeightsError, match="has no known format; valid suffixes: safetensors, pth"):
         load_weights(tmp_path / "w.ckpt")
 
 
