@@ -96,18 +96,26 @@ def sum_moments(output: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Arra
     return count, mean, jnp.matmul(centred.T, centred, precision=lax.Precision.HIGHEST)
 
 
-def make_measure(model: MobileNet, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
-    """A compiled (variables, batch) -> (logits, {path: counts}, {block: moments}) for batches of one shape."""
+@functools.partial(jax.jit, static_argnames=("model", "mean", "std"))
+def measure_batch(
+    variables: dict,
+    images: jax.Array,
+    mask: jax.Array,
+    *,
+    model: MobileNet,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> tuple[jax.Array, dict, dict]:
+    """Return (logits, {path: `count_plateaus`}, {block: `sum_moments`}) of images uint8 [B, S, S, 3] and a mask [B]."""
+    logits, outputs, blocks = capture(model, variables, normalise_images(images, mean, std))
+    ops = {layer.path: layer.op for layer in list_layers(model.spec, variables)}
+    counts = {p: count_plateaus(y, mask, ops[p].activation, needed_units(ops[p])) for p, y in outputs.items()}
+    return logits, counts, {name: sum_moments(x, mask) for name, x in blocks.items()}
 
-    @jax.jit
-    def measure(variables: dict, batch: dict[str, jax.Array]):
-        mask = batch["mask"]
-        logits, outputs, blocks = capture(model, variables, normalise_images(batch["images"], mean, std))
-        ops = {layer.path: layer.op for layer in list_layers(model.spec, variables)}
-        counts = {p: count_plateaus(y, mask, ops[p].activation, needed_units(ops[p])) for p, y in outputs.items()}
-        return logits, counts, {name: sum_moments(x, mask) for name, x in blocks.items()}
 
-    return measure
+@functools.partial(jax.jit, static_argnames=("model", "mean", "std"))
+def _answer(variables: dict, images: jax.Array, *, model: MobileNet, mean: tuple, std: tuple) -> Any:
+    return model.apply(variables, normalise_images(images, mean, std), train=False)
 
 
 class Tally:
@@ -120,7 +128,7 @@ class Tally:
         self.answers: dict[str, list[float]] = {}  # kind of quantisation -> [same best class, sum of KL]
 
     def add(self, mask: np.ndarray, logits: np.ndarray, others: dict[str, np.ndarray], counts: dict, moments: dict):
-        """A batch: its mask [B], logits [B, K], quantised networks' logits, and what `make_measure` returns."""
+        """A batch: its mask [B], logits [B, K], quantised networks' logits, and what `measure_batch` returns."""
         self.images += int(mask.sum())
         for path, found in counts.items():
             total = self.counts.setdefault(path, {})
@@ -188,19 +196,15 @@ def measure_activations(
       mean, std: of the preprocessing, in grey levels.
       report: called with the images so far.
     """
-    measure = make_measure(model, mean=mean, std=std)
-    answer = jax.jit(functools.partial(_answer, model=model, mean=mean, std=std))
+    options: dict[str, Any] = {"model": model, "mean": tuple(mean), "std": tuple(std)}
+    if model.spec.num_classes == 0:
+        quantised = {}  # a vector of features has no best class to compare
     variables, quantised, tally = jax.device_put(variables), jax.device_put(quantised), Tally()
     for batch in batches:
-        given = {key: batch[key] for key in ("images", "mask")}
-        running = measure(variables, given), {kind: answer(v, given["images"]) for kind, v in quantised.items()}
-        (logits, counts, moments), others = jax.device_get(running)
-        if model.spec.num_classes == 0:
-            others = {}  # a vector of features has no best class
-        tally.add(given["mask"], logits, others, counts, moments)
+        images, mask = batch["images"], batch["mask"]
+        measured = measure_batch(variables, images, mask, **options)
+        answers = {kind: _answer(rounded, images, **options) for kind, rounded in quantised.items()}
+        (logits, counts, moments), others = jax.device_get((measured, answers))
+        tally.add(mask, logits, others, counts, moments)
         report(tally.images)
     return tally
-
-
-def _answer(variables: dict, images: jax.Array, *, model: MobileNet, mean: tuple, std: tuple) -> Any:
-    return model.apply(variables, normalise_images(images, mean, std), train=False)
