@@ -3,7 +3,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mobilenet_jax.plots import draw_confusion, draw_curves, draw_frontier, draw_variants
+from mobilenet_jax.plots import draw_confusion, draw_curves, draw_frontier, draw_variants, make_figure, save, style_axes
 
 
 @pytest.fixture
@@ -29,7 +29,24 @@ METRICS = [
 ]
 
 
+def test_style_sets_what_it_is_given_and_keeps_the_rest(tmp_path):
+    figure, (left, right) = make_figure(4, 2, ncols=2)
+    right.set_xlabel("kept")
+    style_axes(left, x_label="epoch", y_label="top-1", title="a run", percent="y")
+    style_axes(right)
+    assert (left.get_xlabel(), left.get_ylabel(), left.get_title()) == ("epoch", "top-1", "a run")
+    assert left.yaxis.get_major_formatter()(0.25) == "25%"
+    assert right.get_xlabel() == "kept"
+    assert not any(axes.spines[side].get_visible() for axes in (left, right) for side in ("top", "right"))
+    save(figure, tmp_path / "figure.png.tmp")
+    with Image.open(tmp_path / "figure.png.tmp") as image:
+        assert (image.format, image.size) == ("PNG", (480, 240))
+    with pytest.raises(ValueError, match="percent is 'z'; valid: x, y, None"):
+        style_axes(left, percent="z")
+
+
 def _curves(axes):
+    """The points of each labelled line."""
     return {
         line.get_label(): line.get_xydata().tolist()
         for line in axes.get_lines()
@@ -96,7 +113,7 @@ ESTIMATES = {"wide": ([90.0, 92.0], 91.0, 1.5), "narrow": ([85.0], 85.0, float("
 
 
 def _bars(axes):
-    """(place of the mean, low and high end of its interval) of each error bar."""
+    """For each error bar: the point of the mean, and the two ends of its interval."""
     found = []
     for container in axes.containers:
         (mean, _, lines) = container.lines
