@@ -1,33 +1,27 @@
-"""Weights of any format into ours, torchvision's or timm's: `python -m mobilenet_jax.convert SOURCE DESTINATION`."""
+"""Convert weights of any format to ours, torchvision's or timm's: python -m mobilenet_jax.convert SOURCE DESTINATION"""
 
 import argparse
 import sys
 
-FORMATS = ("safetensors", "torchvision", "timm")
+from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
+from mobilenet_jax.cli.flags import add_weights_flags
+from mobilenet_jax.weights import FORMATS
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the flags; argparse ends the program if it cannot understand them."""
     parser = argparse.ArgumentParser(
         prog="python -m mobilenet_jax.convert",
-        description="Weights of torchvision, timm, Keras or a run of ours into one file.",
+        description="Write weights of torchvision, timm, Keras or a run of ours to one file.",
     )
-    parser.add_argument(
-        "source",
-        help="a .pth, .safetensors, .h5 or .keras file, the workdir of a run, or a name: torchvision/mobilenet_v2, "
-        "keras/MobileNetV2, hf:timm/mobilenetv2_100.ra_in1k",
-    )
-    parser.add_argument("destination", help="a .safetensors file; of another framework's format also .pth")
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="default: %(default)s, ours")
-    parser.add_argument(
-        "--name", help="the model in the source, as timm/tf_mobilenetv3_large_100, where it is asked for"
-    )
-    parser.add_argument("--offline", action="store_true", help="take what was downloaded before, no network")
+    add_weights_flags(parser, "source")
+    parser.add_argument("destination", help="a .safetensors file, or .pth with --format=torchvision or timm")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="default: %(default)s, which is ours")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Convert, and say what was converted; return the exit code."""
-    flags = _parse(argv)
+def run(flags: argparse.Namespace) -> int:
+    """Convert, and print what was converted; return the exit code."""
     from mobilenet_jax.weights.load import load_weights
     from mobilenet_jax.weights.save import save_weights
 
@@ -35,11 +29,16 @@ def main(argv: list[str] | None = None) -> int:
         model, variables, card = load_weights(flags.source, flags.name, offline=flags.offline)
         save_weights(flags.destination, model, variables, card, format=flags.format)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        raise UsageError(str(error)) from error
     notes = "".join(f"; {note}" for note in card["notes"])
     print(f"{flags.destination}: {card['name']}, {model.spec.num_classes} classes, as {flags.format}{notes}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code: 0, or 2 for a command that cannot be obeyed."""
+    flags = parse(argv)
+    return get_exit_code(lambda: run(flags))
 
 
 if __name__ == "__main__":

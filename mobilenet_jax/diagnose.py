@@ -16,7 +16,7 @@ import warnings
 from mobilenet_jax.cli.allocator import restart_tuned
 from mobilenet_jax.cli.config import split_overrides
 from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
-from mobilenet_jax.cli.flags import add_cache_flag
+from mobilenet_jax.cli.flags import add_cache_flag, add_weights_flags
 from mobilenet_jax.cli.startup import configure_memory, show_own_messages
 
 
@@ -29,13 +29,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--weights",
-        required=True,
-        help="a .pth, .safetensors, .h5 or .keras file, the workdir of a run, or a name: torchvision/mobilenet_v2",
-    )
-    parser.add_argument("--name", help="the model in the weights, if they do not say it: timm/tf_mobilenetv3_large_100")
-    parser.add_argument("--offline", action="store_true", help="use earlier downloads only")
+    add_weights_flags(parser, "--weights", required=True)
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--data", nargs="+", metavar="PATH", help="image files, and folders of them at any depth")
     images.add_argument(

@@ -12,7 +12,7 @@ from pathlib import Path
 from mobilenet_jax.cli.allocator import restart_tuned
 from mobilenet_jax.cli.config import apply_preprocessing, load_config, split_overrides
 from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
-from mobilenet_jax.cli.flags import add_cache_flag
+from mobilenet_jax.cli.flags import add_cache_flag, add_weights_flags
 from mobilenet_jax.cli.startup import configure_memory, show_own_messages
 
 _START = time.perf_counter()
@@ -31,12 +31,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", required=True, help="a config file, with an argument as FILE:ARGUMENT")
     parser.add_argument("--workdir", help="where checkpoints, metrics and figures go; default: runs/NAME")
     parser.add_argument("--mode", choices=("train", "eval"), default="train", help="default: train")
-    parser.add_argument(
-        "--weights",
-        help="with --mode=eval: what to evaluate instead of the run in the workdir: a file, the workdir of a run, or a "
-        "name as torchvision/mobilenet_v2; images are prepared as its card says",
-    )
-    parser.add_argument("--name", help="the model of these weights, as timm/tf_mobilenetv3_large_100, if need be")
+    add_weights_flags(parser, "--weights", use="with --mode=eval, evaluate these instead of the run in the workdir: ")
     add_cache_flag(parser)
     parser.add_argument("--distributed", action="store_true", help="find the cluster (TPU pod, SLURM) and join it")
     parser.add_argument("--coordinator_address", help="HOST:PORT of process 0, to join by hand")
@@ -111,7 +106,7 @@ def run_weights(flags: argparse.Namespace, config, overrides: list[str]) -> int:
     configure_jax(flags)
     path = Path(flags.workdir or f"runs/{config.name}") / "evaluation.json"
     try:
-        weights = load_weights(flags.weights, flags.name)
+        weights = load_weights(flags.weights, flags.name, offline=flags.offline)
         apply_preprocessing(config, weights[2], overrides)
         result = evaluate_weights(weights, config.data)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,13 @@
 """Eight CPU devices, strict shapes, and the reference data beside the checkout."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 # Before any array exists: the backend reads these once.
 jax.config.update("jax_platforms", "cpu")
@@ -27,3 +30,41 @@ def reference() -> Path:
     if not path.is_dir():
         pytest.skip("the reference data beside the checkout (../shared) is not there")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_weights():
+    """(model, variables, card) of a small network with three named classes."""
+    from mobilenet_jax.models.init import init_variables
+    from mobilenet_jax.models.network import create_model
+    from mobilenet_jax.weights.card import HALF, make_card
+
+    model = create_model("mobilenet_v1", width=0.1, num_classes=3)
+    card = make_card(
+        name="tiny",
+        model="mobilenet_v1",
+        width=0.1,
+        convention="keras",
+        spec=model.spec,
+        preprocessing=replace(HALF, image_size=32, crop_share=0.8),
+        class_names=["red", "green", "blue"],
+        source={"file": "w", "sha256": "0"},
+    )
+    variables = init_variables(model, seed=0)
+    variables["params"]["classifier"]["bias"] = np.array([0.1, 0.2, 0.4], np.float32)
+    return model, variables, card
+
+
+@pytest.fixture(scope="session")
+def write_images():
+    """(folder, count) -> the paths of that many images of noise, of several sizes."""
+
+    def write(folder: Path, count: int) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(count)
+        paths = [folder / f"{i:02d}.png" for i in range(count)]
+        for i, path in enumerate(paths):
+            Image.fromarray(rng.integers(256, size=(30 + i, 50 - i, 3), dtype=np.uint8)).save(path)
+        return paths
+
+    return write

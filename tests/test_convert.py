@@ -1,6 +1,5 @@
 from mobilenet_jax import load_weights
-from mobilenet_jax.convert import FORMATS, main
-from mobilenet_jax.weights import save
+from mobilenet_jax.convert import main
 
 
 def test_files_are_converted_and_back(reference, tmp_path, capsys):
@@ -31,7 +30,3 @@ def test_refusals_are_one_sentence(reference, tmp_path, capsys):
         assert message in error
         assert len(error.splitlines()) == 1
     assert not target.exists()
-
-
-def test_the_formats_of_the_command_are_those_there_are():
-    assert FORMATS == save.FORMATS  # the command knows them without importing JAX

@@ -22,15 +22,15 @@ def run(out: Path, seeds: int) -> int:
     """Run the experiment, write its files into the folder `out`, and print the table; return the exit code."""
     from benchmarks.manifold.experiment import format_csv, format_table, run_study
     from benchmarks.manifold.figure import draw
-    from mobilenet_jax.workdir.files import write_text_atomic
+    from mobilenet_jax.workdir.files import write_atomic
 
     if seeds < 2:
         raise UsageError(f"seeds is {seeds}; valid: 2 or more")
     rows = run_study(seeds)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(out / "results.csv", format_csv(rows))
-        write_text_atomic(out / "table.md", format_table(rows))
+        write_atomic(out / "results.csv", format_csv(rows))
+        write_atomic(out / "table.md", format_table(rows))
         draw(rows, out / "figure.png")
     except OSError as error:
         raise UsageError(str(error)) from error

@@ -5,9 +5,30 @@ import os
 
 
 def add_cache_flag(parser: argparse.ArgumentParser) -> None:
-    """The flag --compilation_cache."""
+    """Add the flag --compilation_cache."""
     parser.add_argument(
         "--compilation_cache",
         default=os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/mobilenet_jax"),
         help="folder of compiled programs, or off; default: %(default)s",
     )
+
+
+def add_weights_flags(parser: argparse.ArgumentParser, argument: str, *, use: str = "", **options) -> None:
+    """Add an argument for weights, and --name and --offline: what `load_weights` takes.
+
+    Args:
+      parser: the parser of the command.
+      argument: the name of the argument, --weights or a positional one.
+      use: the start of its help.
+      options: of `add_argument`, as required=True.
+    """
+    parser.add_argument(
+        argument,
+        help=f"{use}a .pth, .safetensors, .h5 or .keras file, the workdir of a run, or a name: "
+        "torchvision/mobilenet_v2, keras/MobileNetV2, hf:timm/mobilenetv2_100.ra_in1k",
+        **options,
+    )
+    parser.add_argument(
+        "--name", help="the model in the weights, as timm/tf_mobilenetv3_large_100, if several have the same tensors"
+    )
+    parser.add_argument("--offline", action="store_true", help="use what was downloaded before, without a network")

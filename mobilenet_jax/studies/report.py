@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from mobilenet_jax.studies.study import Study, find_runs, hash_config, read_record
-from mobilenet_jax.workdir.files import write_text_atomic
+from mobilenet_jax.workdir.files import write_atomic
 from mobilenet_jax.workdir.metrics import read_metrics
 
 CONFIDENCE = 0.95
@@ -196,12 +196,12 @@ def write_report(study: Study, workdir: Path) -> str | None:
     rows = read_rows(study, workdir)
     if not rows:
         return None
-    write_text_atomic(workdir / "results.csv", format_csv(rows))
+    write_atomic(workdir / "results.csv", format_csv(rows))
     top1 = collect_top1(rows)
     if not top1:
         return None
     table = format_table(study, rows)
-    write_text_atomic(workdir / "table.md", table)
+    write_atomic(workdir / "table.md", table)
     estimates = {}
     for variant, values in top1.items():
         summary = summarise(list(values.values()))

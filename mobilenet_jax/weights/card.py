@@ -1,4 +1,4 @@
-"""The card that travels with weights: plain JSON, what must be known to use them and where they come from."""
+"""The card that travels with weights: plain JSON that says how to use them and where they come from."""
 
 import dataclasses
 import hashlib
@@ -6,16 +6,17 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.spec import Spec, from_json, to_json
 from mobilenet_jax.weights import WeightsError
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What an image goes through: resize to image_size / crop_share, crop the centre, (x - mean) / std.
+    """How an image is prepared: resize to image_size / crop_share, crop the centre, (x - mean) / std.
 
-    Keys and units are those of a config's data section: pixels, and grey levels 0..255. Raises ValueError for a value
-    that cannot be.
+    Keys and units are those of a config's data section: pixels, and grey levels from 0 to 255. Raises ValueError for an
+    impossible value.
     """
 
     mean: tuple[float, float, float]
@@ -46,7 +47,7 @@ _LARGEST = 2048  # pixels; the largest published MobileNet takes 544
 IMAGENET = Preprocessing((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 # x / 127.5 - 1
 HALF = Preprocessing((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
-# Keras' preprocess_input after load_img(path, target_size=(224, 224)), as its applications' examples have it
+# Keras' preprocess_input after load_img(path, target_size=(224, 224)), as in the examples of its applications
 KERAS_EXAMPLE = replace(HALF, crop_share=1.0, interpolation="nearest", squash=True)
 
 
@@ -63,10 +64,19 @@ def make_card(
     metrics: dict[str, float] | None = None,
     notes: list[str] | None = None,
 ) -> dict:
-    """The card as plain data.
+    """Return the card as plain data.
 
-    `name` is that of the foreign model, or of the run; `model`, `width` and `convention` are what `create_model` takes;
-    `source` is {"file", "sha256"}; `metrics` as a run writes them; `notes` say what was changed on the way.
+    Args:
+      name: the foreign model's name, or the run's.
+      model: the network, as `width` and `convention` an argument of `create_model`.
+      width: see `model`.
+      convention: see `model`.
+      spec: the network, resolved.
+      preprocessing: how images are prepared.
+      class_names: the classes in order; None if they have no names.
+      source: {"file", "sha256"}.
+      metrics: under the names that a run writes.
+      notes: what was changed when the weights were read.
     """
     fields = dataclasses.asdict(preprocessing)
     return {
@@ -98,9 +108,9 @@ _TYPES = {
 
 
 def check_card(card: object, *, source: str) -> Spec:
-    """The spec of a card; WeightsError where something is missing or of another type.
+    """Return the spec of a card; raise WeightsError if a key is missing or has another type.
 
-    A card from before a key of the preprocessing was there gets that key's default.
+    Keys of the preprocessing that an older card lacks are added with their defaults.
     """
     if not isinstance(card, dict):
         raise WeightsError(f"the card of {source} is no JSON object")
@@ -121,19 +131,44 @@ def check_card(card: object, *, source: str) -> Spec:
 
 
 def read_preprocessing(card: dict, *, source: str) -> Preprocessing:
-    """The preprocessing of a card; WeightsError where a value is missing or cannot be."""
+    """Return the preprocessing of a card; raise WeightsError for a missing or impossible value."""
     try:
         return Preprocessing(**card["preprocessing"])
     except (TypeError, ValueError, OverflowError) as error:
         raise WeightsError(f"the card of {source}: {error}") from error
 
 
+def format_card(card: dict, *, path: str) -> str:
+    """Return a page in Markdown about the weights in the file `path`: network, preprocessing, classes, metrics."""
+    spec, given = check_card(card, source=path), read_preprocessing(card, source=path)
+    cost, size = compute_cost(spec, given.image_size), given.image_size
+    levels = [", ".join(f"{level:g}" for level in triple) for triple in (given.mean, given.std)]
+    side = "both sides have" if given.squash else "the shorter side has"
+    how = f"resized ({given.interpolation}) so that {side} {round(size / given.crop_share)} px, centre cropped"
+    rows = {
+        "network": f"`{card['model']}`, width {card['width']:g}, convention `{card['convention']}`",
+        "parameters": f"{cost.params:,}",
+        "multiply-adds": f"{cost.madds + cost.attention_madds:,}",
+        "input": f"RGB, {size}x{size} px: {how}",
+        "normalisation": f"(x - mean) / std in grey levels from 0 to 255; mean {levels[0]}; std {levels[1]}",
+        "classes": ", ".join(card["class_names"] or [f"{spec.num_classes}, without names"]),
+        "source": f"{card['source'].get('file', 'not stated')}, SHA-256 `{card['source'].get('sha256', 'not stated')}`",
+        **{f"`{name}`": f"{value:.6g}" for name, value in card["metrics"].items()},
+        **{f"note {i}": note for i, note in enumerate(card["notes"], start=1)},
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    example = (
+        f'```python\nfrom mobilenet_jax import load_weights\n\nmodel, variables, card = load_weights("{path}")\n```'
+    )
+    return f"# {card['name']}\n\n| | |\n|---|---|\n{table}\n\n{example}\n"
+
+
 def read_imagenet_classes() -> list[str]:
-    """The 1,000 names in the order of the classes, as torchvision's weights carry them."""
+    """Return the 1,000 names in the order of the classes, as in torchvision's weights."""
     return (Path(__file__).parent / "imagenet_classes.txt").read_text().splitlines()
 
 
 def hash_file(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +15,13 @@ from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import Spec, check_choice, to_json
 from mobilenet_jax.models.zoo import make_spec
-from mobilenet_jax.weights import WeightsError
+from mobilenet_jax.weights import FORMATS, WeightsError
 from mobilenet_jax.weights.card import check_card
 from mobilenet_jax.weights.load import CARD_KEY
 from mobilenet_jax.weights.naming import Naming, compare
 from mobilenet_jax.weights.torch_names import TIMM, TORCHVISION
+from mobilenet_jax.workdir.files import write_atomic
 
-FORMATS = ("safetensors", "torchvision", "timm")
 _EXPORTS = {"torchvision": TORCHVISION, "timm": TIMM}
 # Of a spec, what its inference does not depend on.
 _TRAINING = ("dropout", "drop_path", "init", "slim_stddev", "bn_decay")
@@ -70,19 +69,6 @@ def save_weights(
         write_atomic(path, _to_pth(tensors))
     else:
         write_atomic(path, save(tensors, {"format": "pt"}))
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under another name, and rename it when it is on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _to_state_dict(naming: Naming, spec: Spec, flat: Mapping[str, np.ndarray], card: dict) -> dict[str, np.ndarray]:

@@ -5,25 +5,28 @@ import os
 from pathlib import Path
 
 
-def write_json_atomic(path: str | os.PathLike, obj) -> None:
-    """Writes indented JSON such that at any moment the file is the old one or the new one, on disk.
+def write_json_atomic(path: str | os.PathLike, value) -> None:
+    """Write indented JSON as `write_atomic` does.
 
-    Raises:
-      ValueError, TypeError: the object has no JSON form; numbers that are not finite have none.
+    Raises ValueError or TypeError for a value that has no JSON form; numbers that are not finite have none.
     """
-    write_text_atomic(Path(path), json.dumps(obj, indent=2, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Writes UTF-8 such that at any moment the file is the old one or the new one, on disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write bytes, or text as UTF-8. At any moment the file on disk is the old one or the new one, whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name itself
+        os.fsync(folder)  # puts the new name on disk
     finally:
         os.close(folder)

@@ -14,7 +14,7 @@ from typing import SupportsFloat
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from mobilenet_jax.workdir.files import write_text_atomic
+from mobilenet_jax.workdir.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -73,7 +73,7 @@ class MetricsWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _parse_lines(path) if line["step"] <= start_step] if path.exists() else []
         self._step = kept[-1]["step"] if kept else -1
-        write_text_atomic(path, "".join(map(_encode, kept)))
+        write_atomic(path, "".join(map(_encode, kept)))
         self._file = path.open("a", encoding="utf-8")
         # The suffix keeps a run that is resumed within a second from overwriting the file of the one before.
         self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, filename_suffix=f".{time.time_ns()}")

@@ -1,12 +1,24 @@
 import json
+from pathlib import Path
 
+import jax
 import pytest
 
 from mobilenet_jax.models.spec import to_json
 from mobilenet_jax.models.zoo import make_spec
 from mobilenet_jax.weights import WeightsError
-from mobilenet_jax.weights.card import HALF, IMAGENET, check_card, hash_file, make_card, read_imagenet_classes
+from mobilenet_jax.weights.card import (
+    HALF,
+    IMAGENET,
+    check_card,
+    format_card,
+    hash_file,
+    make_card,
+    read_imagenet_classes,
+)
+from mobilenet_jax.weights.load import load_weights
 
+ROOT = Path(__file__).resolve().parents[2]
 SPEC = make_spec("mobilenet_v3_small", width=0.5, num_classes=2, convention="timm")
 CARD = make_card(
     name="timm/mobilenetv3_small_050",
@@ -83,3 +95,12 @@ def test_the_hash_is_sha256(tmp_path):
     (tmp_path / "w").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1
     assert hash_file(tmp_path / "w") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").glob("*.safetensors")), ids=lambda path: path.stem)
+def test_the_page_of_a_shipped_file_says_what_its_card_says(path):
+    _, variables, card = load_weights(path)
+    page = path.with_suffix(".card.md").read_text()
+    assert page.startswith(format_card(card, path=str(path.relative_to(ROOT))))
+    assert f"| parameters | {sum(leaf.size for leaf in jax.tree.leaves(variables['params'])):,} |" in page
+    assert "## Training and licence" in page

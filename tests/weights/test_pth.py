@@ -151,12 +151,25 @@ def test_nothing_is_executed_and_what_was_refused_is_named(tmp_path, monkeypatch
         (b"}(X\x01\0\0\0aK\x01u.", "its entry 'a' is no tensor"),
         (b"}(K\x01K\x01u.", "has a int where a str belongs"),
         (b"K\x01Q.", "has a int where a tuple belongs"),
-        (b"]K\x01b.", "has a list where a dict belongs"),
+        (b"]K\x01b.", "state is not a dictionary"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n}X\x01\0\0\0aK\x01sb.", "has no attribute '__dict__'"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n(N}X\x01\0\0\0aK\x01stb.", "has no attribute 'a'"),
+        (b"K\x01\x85q\x01h\x01\x86.", "refers to a tuple again"),
+        (b"K\x01\x85K\x01Nbq\x01h\x01.", "refers to a tuple again"),
+        (b"}r\xff\xff\xff\x7f.", "remembers more than 500,000 values"),
+        (b"\x8a\x0a" + b"\x01" * 10 + b".", "opcode LONG1"),
+        (b"X\xff\xff\xff\x7fa.", "expected 2147483647 bytes"),
     ],
 )
 def test_pickles_of_something_else_are_refused(tmp_path, body, message):
     write_zip(tmp_path / "w.pth", b"\x80\x02" + body)
     with pytest.raises(WeightsError, match=message):
+        read_tensors(tmp_path / "w.pth")
+
+
+def test_a_pickle_longer_than_a_state_dicts_is_refused(tmp_path):
+    write_zip(tmp_path / "w.pth", b"\x80\x02](" + b"]" * 1_000_000 + b"e.")
+    with pytest.raises(WeightsError, match="longer than 500,000 bytes"):
         read_pth(tmp_path / "w.pth")
 
 
@@ -164,7 +177,7 @@ def test_parts_of_the_zip_are_checked_before_they_are_read(tmp_path):
     path, entry = tmp_path / "w.pth", dictionary(describe("w", (12,), (1,)))
     data = {"0": ELEMENTS.tobytes()}
     refused: tuple[tuple[dict[str, Any], str], ...] = (
-        ({}, "its storage '0' is not there"),
+        ({}, "its storage '0' is missing"),
         ({"storages": data, "method": zipfile.ZIP_DEFLATED}, "its part byteorder is compressed"),
         ({"storages": data, "byteorder": "big"}, "big-endian"),
         ({"storages": {"0": b"123"}}, "multiple of element size"),

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
-from mobilenet_jax.weights import WeightsError, save
+from mobilenet_jax.weights import WeightsError
 from mobilenet_jax.weights.card import HALF
 from mobilenet_jax.weights.load import load_weights, read_tensors
 from mobilenet_jax.weights.save import save_weights
@@ -70,7 +70,7 @@ def test_a_write_that_fails_leaves_what_was_there(tiny, tmp_path, monkeypatch):
     def fail(_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(save.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
         save_weights(path, *tiny)
     assert path.read_bytes() == before

@@ -1,0 +1,64 @@
+"""Image files: found in folders, and read in batches of one shape."""
+
+import functools
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from mobilenet_jax.data.decode import UnreadableImageError, decode_image
+from mobilenet_jax.data.sources import SUFFIXES, is_image
+from mobilenet_jax.data.transforms import EvalTransform
+
+
+def list_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Return `paths` with every folder replaced by the images in it, at any depth, sorted by name.
+
+    In folders, images are the files ending in .jpg, .jpeg, .png or .webp, and links to folders are not followed. Any
+    other path is returned as it is. Raises ValueError for a folder without images, OSError for one that cannot be read.
+    """
+
+    def refuse(error: OSError):
+        raise error
+
+    files = []
+    for path in map(Path, paths):
+        if not os.path.isdir(path):
+            files.append(path)
+            continue
+        before = len(files)
+        for folder, subfolders, names in os.walk(path, onerror=refuse):
+            subfolders.sort()
+            files += [file for file in map(Path(folder).joinpath, sorted(names)) if is_image(file)]
+        if len(files) == before:
+            raise ValueError(f"{path} holds no image; valid: files ending in {', '.join(SUFFIXES)}")
+    if not files:
+        raise ValueError("there are no images; give files or folders")
+    return files
+
+
+def read_batches(
+    files: list[Path], transform: EvalTransform, *, batch_size: int
+) -> Iterator[tuple[list[Path], list[str | None], np.ndarray]]:
+    """Yield (files, errors, images): at most `batch_size` files, and images uint8 [batch_size, S, S, 3].
+
+    An error says why a file cannot be read; it is None for a file that was read. Rows without an image are black.
+    """
+    size = transform.image_size
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(files), batch_size):
+            paths = files[start : start + batch_size]
+            images = np.zeros((batch_size, size, size, 3), np.uint8)
+            errors = list(pool.map(functools.partial(_read, transform=transform), paths, images))
+            yield paths, errors, images
+
+
+def _read(path: Path, row: np.ndarray, *, transform: EvalTransform) -> str | None:
+    """Fill a row of a batch; return the error if the image cannot be read."""
+    try:
+        row[:] = transform(decode_image(path, name=str(path)))
+    except UnreadableImageError as error:
+        return " ".join(str(error).splitlines())
+    return None

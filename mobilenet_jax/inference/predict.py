@@ -1,0 +1,108 @@
+"""Class names and probabilities of images. This module imports JAX when it predicts, not before."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from mobilenet_jax.data.transforms import EvalTransform
+    from mobilenet_jax.models.network import MobileNet
+
+
+class Answer(NamedTuple):
+    """A class and its probability."""
+
+    name: str  # the class's number if the weights know no names
+    probability: float
+    index: int
+
+
+class Prediction(NamedTuple):
+    """The answers of the network for one image, or the error that prevented them."""
+
+    path: Path
+    answers: list[Answer]  # the most probable first; empty if there is an error
+    error: str | None
+
+
+def predict(
+    weights: tuple["MobileNet", dict, dict],
+    images: Iterable[str | Path],
+    *,
+    top: int = 5,
+    batch_size: int = 32,
+) -> Iterator[Prediction]:
+    """Yield the most probable classes of each image, in order, with the preprocessing of the weights' card.
+
+    Args:
+      weights: (model, variables, card) of `load_weights`.
+      images: files and folders; of a folder, the images that `list_images` finds.
+      top: the number of answers for an image, at most the number of classes.
+      batch_size: the number of images computed at once. The last batch is padded, so one program is compiled.
+
+    Raises:
+      ValueError: an impossible value, a folder without images, or weights without classes; before any image is read.
+    """
+    from mobilenet_jax.data.transforms import EvalTransform
+    from mobilenet_jax.inference.images import list_images
+    from mobilenet_jax.models.cost import compute_cost
+    from mobilenet_jax.weights.card import read_preprocessing
+
+    model, _, card = weights
+    for key, value in (("top", top), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{key} is {value}; valid: 1 or more")
+    if not model.spec.num_classes:
+        raise ValueError(f"the weights {card['name']} have no classifier, and so no classes")
+    given = read_preprocessing(card, source=f"the weights {card['name']}")
+    compute_cost(model.spec, given.image_size)  # raises if the image is too small
+    files = list_images(images)
+    transform = EvalTransform(given.image_size, given.crop_share, given.interpolation, given.squash)
+    classify = compile_classifier(model, given.mean, given.std, top=min(top, model.spec.num_classes))
+    return _predict(classify, weights, files, transform=transform, batch_size=min(batch_size, len(files)))
+
+
+def compile_classifier(model: "MobileNet", mean: tuple[float, ...], std: tuple[float, ...], *, top: int) -> Callable:
+    """Return a program of (variables, images uint8 [B, S, S, 3]) -> (probabilities [B, top], classes [B, top])."""
+    import jax
+
+    from mobilenet_jax.training.steps import normalise_images
+
+    @jax.jit
+    def classify(variables: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits: Any = model.apply(variables, normalise_images(images, mean, std), train=False)
+        probabilities, classes = jax.lax.top_k(jax.nn.softmax(logits), top)
+        return probabilities, classes
+
+    return classify
+
+
+def _predict(
+    classify: Callable, weights: tuple, files: list[Path], *, transform: "EvalTransform", batch_size: int
+) -> Iterator[Prediction]:
+    import jax
+
+    from mobilenet_jax.inference.images import read_batches
+
+    _, variables, card = weights
+    variables, computed = jax.device_put(variables), None
+    # A batch is read while the device computes the one before.
+    for paths, errors, images in read_batches(files, transform, batch_size=batch_size):
+        following = paths, errors, classify(variables, images)
+        if computed:
+            yield from _name(*computed, card["class_names"])
+        computed = following
+    if computed:
+        yield from _name(*computed, card["class_names"])
+
+
+def _name(paths: list[Path], errors: list[str | None], scores, class_names: list[str] | None) -> Iterator[Prediction]:
+    """Yield the predictions of a batch from the program's (probabilities, classes)."""
+    import numpy as np
+
+    probabilities, classes = map(np.asarray, scores)
+    for i, (path, error) in enumerate(zip(paths, errors, strict=True)):
+        if error is None and not np.isfinite(probabilities[i]).all():
+            error = f"{path}: the network's answer is not finite"
+        pairs = zip(probabilities[i].tolist(), classes[i].tolist(), strict=True) if error is None else ()
+        yield Prediction(path, [Answer(class_names[k] if class_names else str(k), p, k) for p, k in pairs], error)
