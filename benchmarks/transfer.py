@@ -10,7 +10,6 @@ also gets a confusion matrix over all seeds, and a sheet of the most confident m
 
 import argparse
 import csv
-import itertools
 import statistics
 import sys
 import time
@@ -161,10 +160,11 @@ def run_study(flags: argparse.Namespace) -> int:
     card = load_weights(flags.init)[2]
     rows = []
     # All ways with one seed come before the next seed, so that a stopped study can compare them.
-    for seed, way in itertools.product(range(flags.seeds), flags.ways):
-        rows.append(run(way, seed=seed, flags=flags, card=card))
-        ordered = sorted(rows, key=lambda row: list(WAYS).index(row["way"]))
-        print(write_results(ordered, flags.workdir), flush=True)
+    for seed in range(flags.seeds):
+        for way in flags.ways:
+            rows.append(run(way, seed=seed, flags=flags, card=card))
+            ordered = sorted(rows, key=lambda row: list(WAYS).index(row["way"]))
+            print(write_results(ordered, flags.workdir), flush=True)
     draw_curves(rows, flags.workdir)
     for way in flags.ways:
         config = make_config(way, seed=0, flags=flags, card=card)
