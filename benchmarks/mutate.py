@@ -3,9 +3,9 @@
     python benchmarks/mutate.py --count=1000
 
 COUNT files of weights and COUNT images, of all formats, are damaged at random from a seed: they are truncated, or have
-flipped bits, zeroed or repeated ranges, swapped types, or huge numbers in their headers. Each row of the table counts the results for
-one file. The exit code is 1 if a file was neither loaded nor refused or took more than 10 seconds, or if memory grew by
-more than a gigabyte.
+flipped bits, zeroed or repeated ranges, swapped types, or huge numbers in their headers. Each row of the table counts
+the results for one file. The exit code is 1 if a file was neither loaded nor refused or took more than 10 seconds, or
+if memory grew by more than a gigabyte.
 """
 
 import argparse

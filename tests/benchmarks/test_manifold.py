@@ -22,7 +22,7 @@ from benchmarks.manifold.experiment import (
 
 @pytest.fixture(scope="module")
 def study() -> dict[int, dict]:
-    return {row["dimensions"]: row for row in run_study(400)}
+    return {row["dimensions"]: row for row in run_study(200)}
 
 
 def test_spiral_is_evenly_spaced_and_winds_twice():

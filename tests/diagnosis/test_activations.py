@@ -24,7 +24,7 @@ SIZE = 16
 
 
 def make_batches(count: int, size: int) -> list[dict[str, np.ndarray]]:
-    """Batches of `size` of the same `count` random images, the last one filled with white."""
+    """Make batches of `size` from `count` random images, which are always the same; white fills the last batch."""
     images = np.random.default_rng(1).integers(256, size=(count, SIZE, SIZE, 3), dtype=np.uint8)
     padded = np.concatenate([images, np.full((-count % size, SIZE, SIZE, 3), 255, np.uint8)])
     mask = np.arange(len(padded)) < count
@@ -32,7 +32,7 @@ def make_batches(count: int, size: int) -> list[dict[str, np.ndarray]]:
 
 
 def plant(variables: dict, **leaves) -> dict:
-    """The variables with leaves replaced, `params__stem__norm__bias=function of the old value`."""
+    """Replace leaves of the variables: `params__stem__norm__bias=function of the old value`."""
     flat = traverse_util.flatten_dict(variables, sep="__")
     return traverse_util.unflatten_dict({**flat, **{path: f(flat[path]) for path, f in leaves.items()}}, sep="__")
 
@@ -67,7 +67,7 @@ def test_plateaus_are_where_activations_are_flat():
         slopes = jax.vmap(jax.grad(ACTIVATIONS[name]))(inputs)
         outputs = ACTIVATIONS[name](inputs)
         flat = (outputs == floor) | (outputs >= ceiling)
-        # But for kinks, and h-swish's own 0 and minimum.
+        # Except at kinks, and at the zero and the minimum of h-swish.
         differ = np.asarray(inputs)[np.asarray(flat != (slopes == 0))]
         assert set(np.round(differ, 2)) <= {0, 6, -3, -1.5}
         assert np.asarray(flat).sum() > 200
@@ -78,7 +78,7 @@ def test_units_on_plateaus_are_counted_exactly_and_padding_is_not():
     output[0, 0, 0] = [0, 0, 6, 2]  # one active
     output[0, 0, 1] = [0, 1, 1, 1]  # three
     output[0, 0, 2] = [0, 6, 6, 6]  # none
-    output[1] = 0  # an image that is none
+    output[1] = 0  # padding, not an image
     mask = jnp.array([True, False])
     found = {k: np.asarray(v).tolist() for k, v in count_plateaus(jnp.array(output), mask, "relu6", 3).items()}
     assert found == {
@@ -114,7 +114,7 @@ def test_moments_leave_padding_out():
 
 
 @pytest.mark.parametrize("activation", ["relu6", "hard_swish"])
-def test_what_is_captured_is_what_both_lowerings_compute(make_tiny, activation):
+def test_captured_outputs_are_equal_in_both_lowerings(make_tiny, activation):
     images = normalise_images(jnp.array(make_batches(2, 2)[0]["images"]), **SCALE)
     results = []
     for lowering in ("auto", "plain"):
@@ -135,7 +135,7 @@ def test_gelu_has_no_plateau(make_tiny):
     assert len(bottlenecks) == 3
 
 
-# The whole: what is planted is found.
+# The whole: planted faults are found.
 
 
 def test_planted_saturation_and_dead_channels_are_found(tiny, fresh):
@@ -153,7 +153,7 @@ def test_planted_saturation_and_dead_channels_are_found(tiny, fresh):
     assert layers["stem"] == fresh[0]["stem"]
 
 
-def test_h_swish_is_dead_below_minus_3_and_never_full(make_tiny):
+def test_h_swish_is_dead_below_minus_3_and_has_no_ceiling(make_tiny):
     network = make_tiny("hard_swish")
     planted = plant(network[1], params__block_00__expand__norm__bias=set_at([1, 2], [-100, 100]))
     found = run(network, planted)[0]["block_00/expand"]
@@ -164,7 +164,7 @@ def test_h_swish_is_dead_below_minus_3_and_never_full(make_tiny):
 
 def test_pixels_are_lost_where_units_are_fewer_than_dimensions(tiny, fresh):
     _, variables = tiny
-    # Of 32 units 25 are switched off: 7 at most are left for the 8 dimensions of the input.
+    # 25 of 32 units are switched off, so at most 7 are left for the 8 dimensions of the input.
     planted = plant(variables, params__block_01__expand__norm__bias=set_at(slice(25), -100))
     units = run(tiny, planted)[0]["block_01/expand"]["active_units"]
     assert units["needed"] == 8
@@ -211,7 +211,7 @@ def test_int8_answers_show_the_risk_that_was_built(tiny):
     variables = plant(
         variables,
         params__block_00__depthwise__norm__scale=set_at(3, 300),
-        # Nothing reads the large channel: it only takes the others' steps.
+        # Nothing reads the large channel; it only makes the steps of the other channels larger.
         params__block_00__project__conv__kernel=set_at((0, 0, 3), 0),
         params__classifier__kernel=lambda kernel: 100 * kernel,
     )

@@ -15,7 +15,7 @@ METRICS = [{"step": i, "train/grad_norm": norm} for i, norm in ((10, 2.0), (20, 
 
 
 def make_weights(network, **planted) -> tuple:
-    """(model, variables, card), leaves replaced as `block_00__depthwise__conv__kernel=(index, value)`."""
+    """Make (model, variables, card), with leaves changed by `block_00__depthwise__conv__kernel=(index, value)`."""
     model, variables = network
     leaves = {path: np.array(leaf) for path, leaf in traverse_util.flatten_dict(variables, sep="__").items()}
     for path, (index, value) in planted.items():
@@ -36,7 +36,7 @@ def make_weights(network, **planted) -> tuple:
 
 @pytest.fixture(scope="module")
 def planted(tiny) -> dict:
-    """The report of a network in which every part has something to find."""
+    """The report of a network with something to find for every finding."""
     weights = make_weights(
         tiny,
         params__block_00__depthwise__conv__kernel=((..., slice(3)), 0),
@@ -63,14 +63,14 @@ def find(report: dict, start: str) -> str:
     return sentence
 
 
-def test_findings_name_what_was_planted(planted):
+def test_findings_name_the_planted_faults(planted):
     dead = find(planted, "depthwise filters are dead")
     assert dead.startswith(
         "4 of 68 depthwise filters are dead, below 1% of their layer's usual norm (3 by their weights"
     )
     assert "1 by the batch norm's scale" in dead
     assert "block_00/depthwise 3 of 24, block_01/depthwise 1 of 32" in dead
-    # 30 and 1 by their bias, 3 by dead filters, and 1 whose input is the saturated channel.
+    # 30 and 1 channels by their bias, 3 by dead filters, and 1 whose input is the saturated channel.
     assert "35 channels are 0 in every pixel" in find(planted, "Zeros")
     assert "1 channels are 6 in every pixel" in find(planted, "Saturation")
     assert "block_01/expand 1 of 32. The smallest is 1.0e-09 in block_01/expand; that channel keeps" in find(
@@ -85,7 +85,7 @@ def test_findings_name_what_was_planted(planted):
     assert "block_01" in find(planted, "fewest dimensions")
 
 
-def test_lost_pixels_are_told_in_percent_of_the_worst_layers(planted):
+def test_lost_pixels_of_the_worst_layers_are_percentages(planted):
     report = copy.deepcopy(planted)
     units = [layer["activations"]["active_units"] for layer in report["layers"] if layer["activations"]]
     for i, found in enumerate(filter(None, units)):
@@ -124,7 +124,7 @@ def test_report_is_json_of_the_documented_keys(planted):
     assert [layer["activations"] is None for layer in planted["layers"]] == [0, 0, 0, 1, 0, 0, 1, 0, 0, 1]
 
 
-def test_weights_alone_make_a_report_without_what_images_show(tiny):
+def test_a_report_on_weights_alone_has_no_measures_of_images(tiny):
     report = make_report(make_weights(tiny))
     assert report["images"] is report["bottlenecks"] is report["quantisation"] is report["grad_norm"] is None
     assert all(layer["activations"] is None for layer in report["layers"])
