@@ -3,10 +3,10 @@
     python benchmarks/kill_resume.py --kills=20
 
 Half of the kills come at a moment drawn uniformly from the time of a whole run (imports, compilation, steps,
-evaluation), half within 0.1 s of a new file in the checkpoints folder. When a run gets to its end before the
-kills are used up it is compared and another one starts from nothing. Equal to the last bit must be every array
-of the final checkpoint (parameters, statistics, averages, optimizer), what else it holds (config, data
-iterator), result.json, and every key of metrics.jsonl except those of time; each step stands there once.
+evaluation), and half within 0.1 s of a new file in the checkpoints folder. If a run ends before all kills are used, it
+is compared and a new run starts from nothing. These must be equal to the last bit: every array of the final checkpoint
+(parameters, statistics, averages, optimizer), its other content (config, data iterator), result.json, and every key of
+metrics.jsonl except times. Each step must be logged once.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from mobilenet_jax.workdir.checkpoint import read_checkpoint
 from mobilenet_jax.workdir.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a resumed run could get wrong: momentum, averages, dropout, augmentation (of the recipe), mixup;
-# evaluations and saves do not fall on the same steps.
+# A resumed run could get these wrong: momentum, averages, dropout, augmentation (by the recipe), mixup. Evaluations and
+# saves are at different steps.
 CONFIG = {
     "model.width": 0.1,
     "model.dropout": 0.2,
@@ -42,14 +42,14 @@ CONFIG = {
 
 
 def make_command(workdir: Path, *, steps: int) -> list[str]:
-    """The command of a small run on digits, about as long as its own start."""
+    """Return the command of a small run on digits, which takes about as long as its start."""
     overrides = [f"--config.{key}={value}" for key, value in {**CONFIG, "train.steps": steps}.items()]
     config = f"--config={ROOT / 'configs' / 'v1.py'}"
     return [sys.executable, "-m", "mobilenet_jax.main", config, f"--workdir={workdir}", *overrides]
 
 
 def start(workdir: Path, *, steps: int) -> subprocess.Popen:
-    """The run as a process; its output goes to a file beside the workdir."""
+    """Start the run as a process; its output goes to a file beside the workdir."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with workdir.with_suffix(".log").open("a") as log:
@@ -57,17 +57,17 @@ def start(workdir: Path, *, steps: int) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, workdir: Path) -> None:
-    """Wait for the run's end; RuntimeError with its last words if it failed."""
+    """Wait for the run's end; raise RuntimeError with the end of its output if it failed."""
     if process.wait():
         words = workdir.with_suffix(".log").read_text()[-2000:]
         raise RuntimeError(f"the run in {workdir} ended with exit code {process.returncode}:\n{words}")
 
 
 def wait_for_files(process: subprocess.Popen, folder: Path, *, count: int) -> None:
-    """Until new files were seen under `folder` for the `count`-th time, or the process ends."""
+    """Wait until new files have appeared under `folder` `count` times, or the process ends."""
 
     def list_files() -> set[str]:
-        # Folders that a save renames meanwhile are passed over by `os.walk`.
+        # `os.walk` skips folders that a save renames meanwhile.
         return {os.path.join(root, name) for root, _, names in os.walk(folder) for name in names}
 
     known = list_files()
@@ -79,7 +79,7 @@ def wait_for_files(process: subprocess.Popen, folder: Path, *, count: int) -> No
 
 
 def kill_at_random(process: subprocess.Popen, workdir: Path, *, seconds: float, draw: random.Random) -> str | None:
-    """Kill -9 at a moment drawn from `draw`; return what the moment was, or None where the run was faster."""
+    """Kill -9 at a moment drawn from `draw`; return the moment in words, or None if the run ended before it."""
     if draw.random() < 0.5:
         delay = draw.uniform(0, seconds)
         moment = f"{delay:.2f} s after the start"
@@ -99,7 +99,7 @@ def kill_at_random(process: subprocess.Popen, workdir: Path, *, seconds: float, 
 
 
 def read_run(workdir: Path) -> dict:
-    """{what: value} of all that must be equal between two runs; arrays as (dtype, shape, bytes)."""
+    """Return {name: value} of everything that must be equal in two runs; arrays are (dtype, shape, bytes)."""
     leaves, meta = read_checkpoint(workdir)
     steps = read_metrics(workdir)
     return {
@@ -117,12 +117,12 @@ def read_run(workdir: Path) -> dict:
 
 
 def find_differences(expected: dict, found: dict) -> list[str]:
-    """The names whose values are not the same in both."""
+    """Return the names whose values differ."""
     return [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
 
 
 def describe_state(workdir: Path) -> str:
-    """The newest checkpoint and the last line of metrics of a run that was killed."""
+    """Describe the newest checkpoint and the last line of metrics of a killed run."""
     saved = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
     lines = read_metrics(workdir) if (workdir / "metrics.jsonl").exists() else []
     logged = lines[-1]["step"] if lines else "none"
@@ -130,7 +130,7 @@ def describe_state(workdir: Path) -> str:
 
 
 def compare(workdir: Path, *, kills: int, steps: int, seed: int) -> int:
-    """The number of values that differ from an uninterrupted run, over all runs that `kills` kills needed."""
+    """Return the number of values that differ from an uninterrupted run, over all killed runs."""
     draw = random.Random(seed)
     whole = workdir / "whole"
     finish(start(workdir / "warm", steps=steps), workdir / "warm")  # fills the compilation cache
@@ -153,7 +153,7 @@ def compare(workdir: Path, *, kills: int, steps: int, seed: int) -> int:
             finally:
                 process.kill()
             if moment is None:
-                seconds = min(seconds, time.perf_counter() - begun)  # a busy machine was measured
+                seconds = min(seconds, time.perf_counter() - begun)  # the machine was busier when the time was measured
                 break
             killed += 1
             print(f"kill {killed:2d}: {moment}: {describe_state(run)}", flush=True)
@@ -166,12 +166,12 @@ def compare(workdir: Path, *, kills: int, steps: int, seed: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0 where nothing differs."""
+    """Run the command line; return the exit code, 0 if nothing differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=100, help="of each run; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments; default: %(default)s")
-    parser.add_argument("--workdir", type=Path, help="stays, for a look at it; default: a temporary folder")
+    parser.add_argument("--steps", type=int, default=100, help="steps of each run; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments; default: %(default)s")
+    parser.add_argument("--workdir", type=Path, help="folder that is kept; default: a temporary folder")
     flags = parser.parse_args(argv)
     workdir = flags.workdir or Path(tempfile.mkdtemp())
     try:

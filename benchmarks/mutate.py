@@ -1,11 +1,11 @@
-"""Damaged weights and images, one after the other: each must load, or be refused in one sentence, and soon.
+"""Load damaged weights and images: each must load or be refused in one sentence, without using much time or memory.
 
     python benchmarks/mutate.py --count=1000
 
-So many files of weights, and as many images, of every format are cut off, have bits flipped, ranges zeroed or repeated,
-types swapped, and numbers of their headers made huge, from a seed. A row of the table counts what came of them; 1 is
-returned where something was neither loaded nor refused, took more than 10 seconds, or where memory grew by more than a
-gigabyte.
+COUNT files of weights and COUNT images, of all formats, are damaged at random from a seed: they are truncated, or have
+flipped bits, zeroed or repeated ranges, swapped types, or huge numbers in their headers. Each row of the table counts
+the results for one file. The exit code is 1 if a file was neither loaded nor refused or took more than 10 seconds, or
+if memory grew by more than a gigabyte.
 """
 
 import argparse
@@ -36,7 +36,7 @@ FILES = (
     "keras_v1_025/model.h5",
     "keras_v1_025/model.keras",
 )
-# Name and Pillow's options of the images that are damaged.
+# The name of each image and the options with which Pillow writes it.
 IMAGES: dict[str, dict] = {
     "grey.png": {"mode": "L"},
     "palette.png": {"mode": "P"},
@@ -53,7 +53,7 @@ IMAGES: dict[str, dict] = {
 }
 _SECONDS = 10
 _BYTES = 1 << 30
-# What names a type in the formats; the lengths agree, so that what follows keeps its place.
+# Names of types in the formats. Both of a pair have the same length, so that the bytes after them do not move.
 _TYPES = (
     (b"F32", b"F64"),
     (b"F32", b"I32"),
@@ -65,7 +65,7 @@ _TYPES = (
 
 
 def mutate(data: bytes, generator: random.Random) -> bytes:
-    """The file with one kind of damage; half of it falls on the first and last 64 kB, where headers are."""
+    """Return the file with one kind of damage, mostly in the first and last 64 kB, where headers are."""
     changed = bytearray(data)
 
     def place() -> int:
@@ -101,7 +101,7 @@ def mutate(data: bytes, generator: random.Random) -> bytes:
 
 
 def write_image(path: Path) -> None:
-    """Write the image of IMAGES that a path is called after: a photograph's smoothness, a label in its EXIF data."""
+    """Write the image of IMAGES that has the name of the path: smooth as a photograph, with EXIF data."""
     options = dict(IMAGES[path.name])
     mode, (y, x) = options.pop("mode"), np.mgrid[:150, :200]
     if mode == "I;16":
@@ -117,12 +117,12 @@ def write_image(path: Path) -> None:
 
 
 def read_image(path: Path) -> None:
-    """As `predict` reads it."""
+    """Read an image as `predict` does."""
     decode_image(path, name=str(path))
 
 
 def try_file(path: Path, load: Callable[[Path], object] = load_weights) -> str:
-    """`loaded`, or `refused`; whatever else `load` raises comes through, and a TimeoutError."""
+    """Return "loaded" or "refused"; raise TimeoutError, and any exception that is not a refusal in one sentence."""
 
     def stop(*_):
         raise TimeoutError(f"more than {_SECONDS} s")
@@ -141,9 +141,11 @@ def try_file(path: Path, load: Callable[[Path], object] = load_weights) -> str:
 
 
 def main() -> int:
-    """Print the table; 1 where something went wrong."""
+    """Print the table; return the exit code, 1 if something went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000, help="files of weights, and images; default: %(default)s")
+    parser.add_argument(
+        "--count", type=int, default=1000, help="number of weights, and of images; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fixtures", type=Path, default=FIXTURES, help="default: %(default)s")
     flags = parser.parse_args()
@@ -164,7 +166,7 @@ def main() -> int:
                 path.write_bytes(mutate(data, random.Random(f"{flags.seed} {source.name} {i}")))
                 try:
                     counts[try_file(path, load)] += 1
-                except BaseException as error:  # this is what is looked for
+                except BaseException as error:  # the fault that this program looks for
                     counts["failed"] += 1
                     print(f"{source.name} {i}: {type(error).__name__}: {error}", file=sys.stderr)
             failed += counts["failed"]
@@ -172,7 +174,7 @@ def main() -> int:
                 f"{source.name:<24}"
                 + "".join(f"{what} {counts[what]:>4}   " for what in ("loaded", "refused", "failed"))
             )
-        # HDF5 is read in processes of their own.
+        # HDF5 files are read in child processes.
         children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before + children)
     print(f"memory grew by at most {grown / 1e6:,.0f} MB")

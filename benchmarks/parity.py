@@ -1,7 +1,7 @@
-"""Other frameworks' answers against ours: `python benchmarks/parity.py [FOLDER_OF_CASES] [--case=NAME] [--json]`.
+"""Compare answers with other frameworks: `python benchmarks/parity.py [FOLDER_OF_CASES] [--case=NAME] [--json]`.
 
-A case is a folder of a framework's weights and of what it answers to inputs (`case*.npz`: input, logits, features).
-A row gives the largest difference of any tensor, over the largest absolute value of the reference: 1e-4 is the limit.
+A case is a folder with a framework's weights and its answers to inputs (`case*.npz`: input, logits, features). A row
+has the largest difference of any tensor over the largest absolute value of the reference. The limit is 1e-4.
 """
 
 import argparse
@@ -20,7 +20,7 @@ CASES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 
 
 def compare_case(folder: Path, case: str, *, lowering: str, file: str | None = None) -> dict[str, float]:
-    """{tensor: largest absolute difference over the reference's largest absolute value} of one case file."""
+    """Return {tensor: largest absolute difference over the reference's largest absolute value} of a case file."""
     meta = json.loads((folder / "meta.json").read_text())
     weights = folder / (file or next(iter(meta["weights"])))
     model, variables, _ = load_weights(weights, f"{meta['framework']}/{meta['name']}", lowering=lowering)
@@ -34,11 +34,11 @@ def compare_case(folder: Path, case: str, *, lowering: str, file: str | None = N
 
 
 def main() -> int:
-    """Print the table; 1 where a difference is above the limit."""
+    """Print the table; return the exit code, 1 if a difference is above the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=CASES, help="default: %(default)s")
-    parser.add_argument("--case", default="*", help="pattern of the cases' names; default: all")
-    parser.add_argument("--json", action="store_true", help="every tensor's difference, as JSON")
+    parser.add_argument("--case", default="*", help="pattern for the names of cases; default: all")
+    parser.add_argument("--json", action="store_true", help="print the difference of every tensor as JSON")
     flags = parser.parse_args()
     rows = {}
     if not flags.json:
@@ -54,7 +54,7 @@ def main() -> int:
     if flags.json:
         print(json.dumps(rows))
     worst = max((max(found.values()) for found in rows.values()), default=np.inf)
-    print(f"largest difference {worst:.1e} of the reference's largest value; limit {LIMIT:.0e}", file=sys.stderr)
+    print(f"largest difference: {worst:.1e} of the reference's largest value; limit: {LIMIT:.0e}", file=sys.stderr)
     return int(not worst <= LIMIT)
 
 

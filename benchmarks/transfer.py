@@ -1,11 +1,11 @@
-"""What weights are worth: linear probe, frozen network, fine-tuning and training from scratch on a folder of images.
+"""Compare a linear probe, a frozen network, fine-tuning and training from scratch on a folder of images.
 
     python benchmarks/transfer.py DIR --init=WEIGHTS --workdir=runs/transfer --seeds=3
 
-Every run is one of `configs/transfer.py`; `scratch` is `finetune` of random weights: the same images, augmentation,
-optimizer and epochs, with nothing frozen. Runs that are finished are kept and a stopped one continues, so the same
-command with more seeds or ways adds to the study. WORKDIR gets results.csv, table.md, curves.png, and for each way the
-confusion matrix over all seeds and a sheet of the mistakes that the first seed was surest of.
+Every run has the config `configs/transfer.py`. `scratch` is `finetune` with random weights: the images, augmentation,
+optimizer and epochs are the same, and nothing is frozen. Finished runs are kept and a stopped run continues, so that
+the same command with more seeds or ways extends the study. WORKDIR gets results.csv, table.md and curves.png; each way
+also gets a confusion matrix over all seeds, and a sheet of the most confident mistakes of the first seed.
 """
 
 import argparse
@@ -18,25 +18,24 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from mobilenet_jax.cli.config import load_config
+from mobilenet_jax.cli.exit_codes import get_exit_code
 from mobilenet_jax.data.loader import make_eval_batches
 from mobilenet_jax.data.sources import describe
-from mobilenet_jax.plots import draw_confusion
+from mobilenet_jax.plots import COLORS, draw_confusion, make_figure, save, style_axes
 from mobilenet_jax.training.run import follow_card, train_and_evaluate
 from mobilenet_jax.training.steps import normalise_images
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.workdir.metrics import read_metrics
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "transfer.py"
-WAYS = {"probe": "#009E73", "frozen": "#0072B2", "finetune": "#D55E00", "scratch": "#999999"}  # and their colours
+WAYS = {"probe": COLORS[2], "frozen": COLORS[0], "finetune": COLORS[1], "scratch": COLORS[6]}  # and their colours
 COLUMNS = ("way", "seed", "top1", "loss", "count", "epochs", "trained", "seconds")
 
 
 def make_config(way: str, *, seed: int, flags: argparse.Namespace, card: dict) -> Any:
-    """The config of a run, with nothing left to the card."""
+    """Make the config of a run, with the preprocessing and the model of the card filled in."""
     config: Any = load_config(f"{CONFIG}:folder,{'finetune' if way == 'scratch' else way}", [])
     config.data.path, config.init, config.seed = str(flags.folder), str(flags.init), seed
     config.data.image_size = flags.image_size
@@ -52,7 +51,7 @@ def make_config(way: str, *, seed: int, flags: argparse.Namespace, card: dict) -
 
 
 def run(way: str, *, seed: int, flags: argparse.Namespace, card: dict) -> dict:
-    """A row of the results; raises KeyboardInterrupt where a signal stopped the run."""
+    """Train and return a row of the results; raise KeyboardInterrupt if a signal stopped the run."""
     workdir = flags.workdir / f"{way}_{seed}"
     clock = workdir / "seconds.txt"
     before, start = float(clock.read_text()) if clock.exists() else 0.0, time.perf_counter()
@@ -88,9 +87,8 @@ def write_results(rows: list[dict], workdir: Path) -> str:
 
 
 def draw_curves(rows: list[dict], workdir: Path) -> None:
-    """Test accuracy against epochs, a thin line a seed and a thick one for their mean."""
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    """Draw test accuracy against epochs, with a thin line for each seed and a thick line for their mean."""
+    figure, axes = make_figure(8, 4.5)
     for way, color in WAYS.items():
         curves = []
         for row in rows:
@@ -104,17 +102,13 @@ def draw_curves(rows: list[dict], workdir: Path) -> None:
             points = np.mean(curves, axis=0)
             label = f"{way}: {points[-1, 1]:.1%}"
             axes.plot(points[:, 0], points[:, 1], color=color, linewidth=2, marker="o", markersize=3, label=label)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("top-1 accuracy on the test images")
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    style_axes(axes, x_label="epoch", y_label="top-1 accuracy on the test images", percent="y")
     axes.legend(frameon=False)
-    figure.savefig(workdir / "curves.png")
+    save(figure, workdir / "curves.png")
 
 
 def find_mistakes(workdir: Path, config, *, count: int) -> list[tuple[np.ndarray, int, int, float]]:
-    """(image, true class, predicted class, its probability) of the surest wrong answers, worst first."""
+    """Return (image, true class, predicted class, its probability) of the most confident wrong answers, worst first."""
     model, variables, _ = load_weights(workdir)
     mean, std = tuple(config.data.mean), tuple(config.data.std)
 
@@ -133,45 +127,44 @@ def find_mistakes(workdir: Path, config, *, count: int) -> list[tuple[np.ndarray
 
 
 def draw_mistakes(mistakes: list[tuple[np.ndarray, int, int, float]], names: tuple[str, ...], path: Path) -> None:
-    """A contact sheet, six to a row, of images as the network saw them."""
+    """Draw the images as the network saw them, six in a row."""
     rows = max(1, -(-len(mistakes) // 6))
-    figure = Figure(figsize=(12, 2.4 * rows), dpi=100, layout="constrained")
-    for axes in (grid := figure.subplots(rows, 6, squeeze=False)).flat:
+    figure, grid = make_figure(12, 2.4 * rows, nrows=rows, ncols=6, squeeze=False)
+    for axes in grid.flat:
         axes.set_axis_off()
     for axes, (image, label, answer, share) in zip(grid.flat, mistakes, strict=False):
         axes.imshow(image)
         axes.set_title(f"{names[label]}\nnot {names[answer]} ({share:.0%})", fontsize=9)
-    figure.savefig(path)
+    save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run what is missing and draw what there is; 130 where a signal stopped it."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg")
-    parser.add_argument("--init", required=True, help="weights, as load_weights takes them")
-    parser.add_argument("--workdir", type=Path, required=True, help="of the study; a run is WORKDIR/WAY_SEED")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1; default: %(default)s")
-    parser.add_argument("--image_size", type=int, help="pixels; default: that of the weights")
-    parser.add_argument("--epochs", type=float, help="of every run; default: those of configs/transfer.py")
-    parser.add_argument(
-        "--holdout", type=float, default=0.0, help="evaluate on this share of train; default: 0, on test"
-    )
-    parser.add_argument("--mistakes", type=int, default=24, help="on a sheet; default: %(default)s")
-    flags = parser.parse_args(argv)
+    add = parser.add_argument
+    add("folder", type=Path, help="train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg")
+    add("--init", required=True, help="weights that load_weights can load")
+    add("--workdir", type=Path, required=True, help="folder of the study; a run is WORKDIR/WAY_SEED")
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
+    add("--seeds", type=int, default=3, help="number of seeds: 0 to N-1; default: %(default)s")
+    add("--image_size", type=int, help="pixels; default: the image size of the weights")
+    add("--epochs", type=float, help="epochs of every run; default: as configs/transfer.py says")
+    add("--holdout", type=float, default=0.0, help="evaluate on this share of train; default: 0, evaluate on test")
+    add("--mistakes", type=int, default=24, help="images on a sheet; default: %(default)s")
+    return parser.parse_args(argv)
+
+
+def run_study(flags: argparse.Namespace) -> int:
+    """Run what is missing and draw all results; return the exit code."""
     flags.workdir.mkdir(parents=True, exist_ok=True)
     card = load_weights(flags.init)[2]
     rows = []
-    try:
-        for seed in range(flags.seeds):  # a seed of every way before the next: a study that is stopped compares
-            for way in flags.ways:
-                rows.append(run(way, seed=seed, flags=flags, card=card))
-                print(
-                    write_results(sorted(rows, key=lambda row: list(WAYS).index(row["way"])), flags.workdir), flush=True
-                )
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return 130
+    # All ways with one seed come before the next seed, so that a stopped study can compare them.
+    for seed in range(flags.seeds):
+        for way in flags.ways:
+            rows.append(run(way, seed=seed, flags=flags, card=card))
+            ordered = sorted(rows, key=lambda row: list(WAYS).index(row["way"]))
+            print(write_results(ordered, flags.workdir), flush=True)
     draw_curves(rows, flags.workdir)
     for way in flags.ways:
         config = make_config(way, seed=0, flags=flags, card=card)
@@ -182,6 +175,12 @@ def main(argv: list[str] | None = None) -> int:
         mistakes = find_mistakes(folders[0], config, count=flags.mistakes)
         draw_mistakes(mistakes, names, flags.workdir / f"mistakes_{way}.png")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, 2 for a command that cannot be run, 130 if a signal stopped it."""
+    flags = parse(argv)
+    return get_exit_code(lambda: run_study(flags), interrupted="stopped; the same command continues")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ FLOORS = {
     "weights": {"workdir", "models"},
     "training": {"weights", "workdir", "data", "models", "plots"},
     "inference": {"training", "weights", "data", "models"},
-    "diagnosis": {"inference", "training", "weights", "workdir", "data", "models", "plots"},
+    "diagnosis": {"cli", "inference", "training", "weights", "workdir", "data", "models", "plots"},
     "cli": set(),
     "studies": {"cli", "training", "workdir", "data", "models", "plots"},
 }

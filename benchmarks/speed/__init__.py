@@ -1,1 +1,1 @@
-"""Our step, start and input against those of the peers that are installed: `python -m benchmarks.speed`."""
+"""Our training, inference, input and start-up beside other frameworks: `python -m benchmarks.speed`."""

@@ -1,28 +1,23 @@
-"""Pictures of a benchmark's numbers: ratios as bars, cost against resolution as curves."""
+"""The figures of a benchmark: ratios as bars, cost against resolution as curves."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullLocator
 
-# Okabe and Ito's colours, told apart by colour-blind readers.
-_COLORS = {
-    "ours": "#0072B2",
-    "torch": "#D55E00",
-    "keras": "#CC79A7",
-    "flax": "#009E73",
-    "litert": "#56B4E9",
-    "tfdata": "#E69F00",
-}
+from mobilenet_jax.plots import COLORS, make_figure, save, style_axes
+
+_COLORS: dict[str, str] = dict(zip(("ours", "torch", "flax", "keras", "tfdata", "litert"), COLORS, strict=False))
+_PEERS = ("torch", "keras", "flax", "litert", "tfdata")  # the columns of the table
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def draw_all(results: Sequence[dict], out: Path) -> list[Path]:
-    """Draw what the results allow into the folder `out`: ratios.png, resolution.png; return their paths.
+    """Draw ratios.png and resolution.png, as far as the results allow, into the folder `out`; return their paths.
 
-    Raises ValueError where they allow nothing.
+    Raises:
+      ValueError: the results allow neither.
     """
     out.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -38,11 +33,11 @@ def draw_all(results: Sequence[dict], out: Path) -> list[Path]:
 
 
 def format_table(results: Sequence[dict]) -> str:
-    """A Markdown table of the cases that were timed: images/s of ours, then of each peer with ours over it (range)."""
+    """Format a Markdown table of the timed cases: our images/s, then each peer's, with the ratio and its range."""
     timed = [
         result for result in results if result["what"] != "startup" and result["sides"].get("ours", {}).get("seconds")
     ]
-    peers = [side for side in _COLORS if side != "ours" and any(side in result["ratios"] for result in timed)]
+    peers = [side for side in _PEERS if any(side in result["ratios"] for result in timed)]
     lines = ["| case | ours |" + "".join(f" {peer} |" for peer in peers), "|---|---:|" + "---:|" * len(peers)]
     for result in timed:
         cells = [f"{result['sides']['ours']['images_per_second']:.4g}"]
@@ -55,19 +50,18 @@ def format_table(results: Sequence[dict]) -> str:
 
 
 def draw_ratios(results: Sequence[dict], path: Path) -> None:
-    """A bar for each case and peer: how many times as fast ours is (median), with the range over the rounds."""
+    """Draw a bar for each case and peer: how many times as fast ours is (median), with the range over the rounds."""
     bars = [
         (_label(result), side, ratio)
         for result in results
         if result["group"] != "scaling"
         for side, ratio in result.get("ratios", {}).items()
     ]
-    figure = Figure(figsize=(9, 1.2 + 0.3 * len(bars)), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = make_figure(9, 1.2 + 0.3 * len(bars))
     for row, (_, side, ratio) in enumerate(bars):
         median = ratio["median"]
         spread = [[median - ratio["min"]], [ratio["max"] - median]]
-        # From 1, since a logarithmic axis has no 0: to the right of it ours is faster, to the left slower.
+        # Bars start at 1, because a logarithmic axis has no 0: to the right ours is faster, to the left slower.
         axes.barh(row, median - 1, left=1, xerr=spread, color=_COLORS[side], ecolor="#444444", capsize=3, height=0.7)
         axes.annotate(f"{median:.2f}", (ratio["max"], row), (6, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(bars)), [f"{label}: {side}" for label, side, _ in bars], fontsize=8)
@@ -76,9 +70,9 @@ def draw_ratios(results: Sequence[dict], path: Path) -> None:
     axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.axvline(1, color="#444444", linewidth=1)
     axes.margins(x=0.1)
-    axes.set_xlabel("how many times as fast as the peer; bar: median, line: range over the rounds")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+    style_axes(axes, x_label="how many times as fast as the peer; bar: median, line: range over the rounds")
+    axes.grid(visible=False, axis="y")
+    save(figure, path)
 
 
 def _label(result: dict) -> str:
@@ -87,9 +81,12 @@ def _label(result: dict) -> str:
 
 
 def list_resolutions(results: Sequence[dict]) -> dict[tuple[str, str], list[tuple[int, float, int]]]:
-    """{(model, side): [(resolution, milliseconds an image, multiply-adds), ...]} of scaling, from two points on.
+    """Collect the curves of `scaling` that have at least two points.
 
-    Only resolution differs among the points of a curve: they have the other values of the first case, the base.
+    Only the resolution differs among the points of a curve. The other values are those of the model's first case.
+
+    Returns:
+      {(model, side): [(resolution, milliseconds per image, multiply-adds), ...]}.
     """
     curves: dict[tuple[str, str], dict[int, tuple[int, float, int]]] = {}
     bases: dict[str, tuple] = {}
@@ -104,9 +101,8 @@ def list_resolutions(results: Sequence[dict]) -> dict[tuple[str, str], list[tupl
 
 
 def draw_resolutions(results: Sequence[dict], path: Path) -> None:
-    """Milliseconds an image against resolution; dashed, what multiply-adds predict from the largest image."""
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    """Draw milliseconds per image against resolution; a dashed line is in proportion to multiply-adds."""
+    figure, axes = make_figure(8, 5)
     curves = list_resolutions(results)
     models = list(dict.fromkeys(model for model, _ in curves))
     for (model, side), points in curves.items():
@@ -121,9 +117,7 @@ def draw_resolutions(results: Sequence[dict], path: Path) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
-    axes.set_xlabel("resolution, pixels")
-    axes.set_ylabel("training step, milliseconds an image\n(dashed: in proportion to multiply-adds)")
+    y_label = "training step, milliseconds per image\n(dashed: in proportion to multiply-adds)"
+    style_axes(axes, x_label="resolution, pixels", y_label=y_label)
     axes.legend(frameon=False, fontsize=8)
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+    save(figure, path)

@@ -1,4 +1,4 @@
-"""A folder of JPEGs of ImageNet's size, cut from whatever photographs are installed."""
+"""A folder of JPEGs of ImageNet's size, cut from photographs that installed packages contain."""
 
 import importlib.util
 from pathlib import Path
@@ -6,18 +6,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIZE = (500, 375)  # width, height in pixels: the commonest of ILSVRC 2012
+SIZE = (500, 375)  # width, height in pixels: the most frequent size in ILSVRC 2012
 QUALITY = 92
 
 
 def write_photographs(folder: Path, count: int) -> dict:
-    """Write `count` JPEGs of 500x375 pixels, quality 92, to FOLDER/train/photographs; the same ones every time.
+    """Write `count` JPEGs of 500x375 pixels and quality 92 to FOLDER/train/photographs, the same ones every time.
 
-    Each is a random part, three fifths to all of the width, of a photograph of scikit-image or scikit-learn; where
-    neither is installed, of noise with the 1/f spectrum of natural images (Field 1987).
+    Each is a random part of a photograph of scikit-image or scikit-learn, with 60% to 100% of its width. If neither
+    package is installed, the photograph is noise with the 1/f spectrum of natural images (Field 1987).
 
     Returns:
-      {"sources": names, "count", "mean_bytes": of a file}.
+      {"sources": names, "count", "mean_bytes": mean size of a file}.
     """
     sources = load_sources()
     target = folder / "train" / "photographs"
@@ -35,7 +35,7 @@ def write_photographs(folder: Path, count: int) -> dict:
 
 
 def load_sources() -> dict[str, Image.Image]:
-    """The colour photographs that installed packages carry in themselves; failing these, one of noise."""
+    """Load the colour photographs that installed packages contain, or one of noise if there are none."""
     arrays = {}
     if importlib.util.find_spec("skimage"):
         from skimage import data  # pyright: ignore[reportMissingImports]
@@ -52,9 +52,9 @@ def load_sources() -> dict[str, Image.Image]:
 
 
 def draw_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """uint8 [height, width, 3] whose amplitude falls as 1/frequency, with channels as alike as a photograph's."""
+    """Draw uint8 [height, width, 3] with amplitudes of 1/frequency, and channels as correlated as a photograph's."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
-    frequency[0, 0] = np.inf  # no mean: it is set below
+    frequency[0, 0] = np.inf  # removes the mean, which is set below
     white = rng.standard_normal((4, height, width))
     fields = np.fft.irfft2(np.fft.rfft2(white) / frequency[None], s=(height, width))
     mixed = 0.9 * fields[0][..., None] + 0.3 * np.moveaxis(fields[1:], 0, -1)

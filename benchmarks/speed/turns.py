@@ -1,4 +1,4 @@
-"""The sides of a benchmark as processes that take turns: while one runs its steps the others wait for their line."""
+"""The sides of a benchmark as processes that take turns: while one runs its steps, the others wait for a line."""
 
 import contextlib
 import json
@@ -7,8 +7,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 from mobilenet_jax.cli.allocator import tuned_environment
 
@@ -16,29 +17,30 @@ _ROOT = Path(__file__).resolve().parents[2]
 _WORKERS = Path(__file__).resolve().parent / "workers"
 _OWN_SIDES = ("ours", "flax")
 _NETWORK = {"ours": "jax_worker.py", "flax": "jax_worker.py", "keras": "keras_worker.py", "torch": "torch_worker.py"}
-# For each kind of case the sides there are, and the file that each runs.
+# For each kind of case, its sides and the file that each side runs.
 SIDES: dict[str, dict[str, str]] = {
     "train": _NETWORK,
     "infer": {**_NETWORK, "litert": "litert_worker.py"},
-    "memory": {"ours": "jax_worker.py", "flax": "jax_worker.py"},  # nothing else tells what a step will need
+    "memory": {"ours": "jax_worker.py", "flax": "jax_worker.py"},  # the peers do not report the memory of a step
     "input": {"ours": "loader_worker.py", "tfdata": "tfdata_worker.py"},
     "augment": {"ours": "loader_worker.py"},
 }
 
 
 class AbsentError(RuntimeError):
-    """A side is not installed, or does not have the case."""
+    """A side is not installed, or does not support the case."""
 
 
 class WorkerError(RuntimeError):
-    """A side's process ended, or said something else than an answer."""
+    """A side's process ended, or answered with something that is not an answer."""
 
 
 class Worker:
     """A process that has loaded a case and runs steps of it on demand. A context manager.
 
     Raises:
-      AbsentError, WorkerError: it cannot be had, in one sentence with the side's name.
+      AbsentError: the side is not installed, or does not support the case.
+      WorkerError: the process failed. Both messages are one sentence with the side's name.
     """
 
     def __init__(self, side: str, command: Sequence[str | Path], case: Mapping, *, environment: Mapping[str, str]):
@@ -61,31 +63,28 @@ class Worker:
         self.about: dict = answer["about"]
 
     def run(self, steps: int) -> float:
-        """Seconds that `steps` steps take."""
+        """Run `steps` steps; return their seconds."""
         return self._ask(steps, expected=("seconds",))["seconds"]
 
     def _ask(self, message, *, expected: tuple[str, ...]) -> dict:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: so does its output, which is read next
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; reading its output notices that
             stdin.write(json.dumps(message) + "\n")
             stdin.flush()
         line = stdout.readline()
         if not line:
-            raise WorkerError(f"{self._side} ended with exit code {self._process.wait()}: {self._last_words()}")
+            raise WorkerError(
+                f"{self._side} ended with exit code {self._process.wait()}: {read_last_line(self._errors)}"
+            )
         try:
             answer = json.loads(line)
             if set(answer) & set(expected):
                 return answer
         except (ValueError, TypeError):
-            pass  # said below, as any answer that is none
+            pass  # not JSON, or not an object: not an answer either
         raise WorkerError(f"{self._side} answered {line.strip()[:80]!r}, where {' or '.join(expected)} was expected")
-
-    def _last_words(self) -> str:
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
     def close(self) -> None:
         """End the process."""
@@ -103,9 +102,16 @@ class Worker:
         self.close()
 
 
+def read_last_line(file: IO[bytes]) -> str:
+    """Return the last line of a process's messages that is not blank."""
+    file.seek(0)
+    lines = file.read().decode(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+
+
 @contextlib.contextmanager
 def pin_to_cores(count: int) -> Iterator[None]:
-    """Every process started inside has the same `count` cores, where the system can say so (Linux)."""
+    """Give every process that is started inside the same `count` cores, on systems that can do so (Linux)."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -120,19 +126,25 @@ def pin_to_cores(count: int) -> Iterator[None]:
 
 
 def start_worker(side: str, case: Mapping, *, python: str) -> Worker:
-    """The worker of `side`, a key of SIDES, for a case with its kind under "what" and its cores under "threads".
+    """Start the worker of a side.
 
-    Raises AbsentError and WorkerError as `Worker` does.
+    Args:
+      side: a side of SIDES[case["what"]].
+      case: what the worker loads; "threads" is its number of cores.
+      python: the interpreter.
+
+    Raises:
+      AbsentError, WorkerError: as `Worker` raises them.
     """
     environment = {
-        "JAX_PLATFORMS": "cpu",  # unless the user says otherwise: the peers compute there
+        "JAX_PLATFORMS": "cpu",  # unless the user says otherwise: the peers run on the CPU
         **os.environ,
         "OMP_NUM_THREADS": str(case["threads"]),
         "KERAS_BACKEND": "jax",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # compile times are those of a first time
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # so that compile times are those of a first run
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
-    if side == "ours":  # as main runs it; the peers as their users run them
+    if side == "ours":  # as main sets it; the peers run as their users run them
         environment |= tuned_environment()
     if side in _OWN_SIDES:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
@@ -146,16 +158,17 @@ def measure(
     """Run a case on every side, in turns.
 
     Args:
-      case: what the workers load: "what" a key of SIDES, "threads" their cores.
-      sides: the first of them is what the others are compared with.
-      pythons: the interpreter of a side, where it is not this one.
-      rounds: turns of each side; 0 loads and compiles alone. A turn begins with half as many steps that are not
-        timed, one at least. Each round runs in the reverse order of the one before.
-      seconds: about the length of a turn.
+      case: what the workers load: "what" is a key of SIDES, "threads" the number of cores.
+      sides: the others are compared with the first.
+      pythons: the interpreters of sides that do not run in this one.
+      rounds: timed turns of each side; with 0, workers only load and compile. Before each turn a side runs half as
+        many steps, at least one, that are not timed. Each round runs in the reverse order of the round before.
+      seconds: the approximate length of a turn.
 
     Returns:
-      "sides": {side: {"about", "seconds": of a step, one a round}}, "ratios": {side: {"median", "min", "max"}} of its
-      seconds over those of the first side in the same round, "absent" and "failed": {side: one sentence}.
+      {"sides": {side: {"about", "seconds": [of a step, in each round]}},
+      "ratios": {side: {"median", "min", "max"}}: its seconds over the first side's seconds in the same round,
+      "absent": {side: one sentence}, "failed": {side: one sentence}}.
     """
     absent, failed, times = {}, {}, {}
     with contextlib.ExitStack() as stack:
@@ -176,28 +189,43 @@ def measure(
     return {"sides": done, "ratios": _compare(done, sides[0]), "absent": absent, "failed": failed}
 
 
-def _take_turns(workers: dict[str, Worker], failed: dict[str, str], *, rounds: int, seconds: float):
-    times: dict[str, list[float]] = {side: [] for side in workers}
-    steps: dict[str, int] = {}
-    for number in range(-2, rounds):  # the first run warms up, those after it say how many steps a turn has
-        for side in list(workers)[:: 1 if number % 2 else -1]:
+def _take_turns(
+    workers: dict[str, Worker], failed: dict[str, str], *, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Return {side: seconds of a step in each round}; move sides whose process ends from `workers` to `failed`."""
+
+    def run_each(turn: Callable[[str], Any], *, backwards: bool) -> dict[str, Any]:
+        results = {}
+        for side in list(workers)[:: -1 if backwards else 1]:
             try:
-                if number >= 0:  # what lay idle for the others' turns is slow at first: caches, reclaimed memory
-                    workers[side].run(max(1, steps[side] // 2))
-                count = steps.get(side, 1)
-                taken = workers[side].run(count)
-                while number == -1 and taken < seconds / 4:  # a few steps say little: batches may be waiting
-                    count *= 2
-                    taken = workers[side].run(count)
+                results[side] = turn(side)
             except WorkerError as error:
                 failed[side] = str(error)
                 del workers[side]
-                continue
-            if number == -1:
-                steps[side] = max(1, round(seconds / taken * count))
-            elif number >= 0:
-                times[side].append(taken / count)
+        return results
+
+    run_each(lambda side: workers[side].run(1), backwards=True)  # warms up
+    steps = run_each(lambda side: _count_steps(workers[side], seconds), backwards=False)
+    times: dict[str, list[float]] = {side: [] for side in workers}
+    for number in range(rounds):
+        found = run_each(lambda side: _time_step(workers[side], steps[side]), backwards=number % 2 == 0)
+        for side, time in found.items():
+            times[side].append(time)
     return times
+
+
+def _count_steps(worker: Worker, seconds: float) -> int:
+    """Return how many steps of a worker take about `seconds`."""
+    count = 1
+    while (taken := worker.run(count)) < seconds / 4:  # a few steps are not enough: prefetched batches may be waiting
+        count *= 2
+    return max(1, round(seconds / taken * count))
+
+
+def _time_step(worker: Worker, count: int) -> float:
+    """Return the mean seconds of `count` steps, after half as many that are not timed."""
+    worker.run(max(1, count // 2))  # caches and memory have gone to the other sides meanwhile
+    return worker.run(count) / count
 
 
 def _compare(done: dict[str, dict], first: str) -> dict[str, dict[str, float]]:

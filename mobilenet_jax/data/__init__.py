@@ -1,1 +1,1 @@
-"""Images from storage to batches of uint8, without TensorFlow: sources, decode, transforms, loader."""
+"""Images from storage to batches of uint8, without TensorFlow."""

@@ -1,10 +1,10 @@
-/* The part of a JPEG that a crop shows, resized: the pixels that Pillow makes of the whole image, to the bit.
+/* Decodes and resizes a crop of a JPEG, with the same pixels, to the bit, that Pillow makes of the whole image.
 
-Compiled where an installation finds a C compiler and libjpeg-turbo's headers; decode.py says what happens elsewhere.
-What lies above or beside the crop is parsed but not turned into pixels, what lies below it not even parsed. The resize
-is that of Pillow 13, antialiased: weights in double precision, rounded to 22 bits; along lines, then along columns or
-the other way round, each rounded to uint8. All that libjpeg reports, warnings included, is a failure here: the caller
-has Pillow decide. */
+It is compiled if the installation finds a C compiler and the headers of libjpeg-turbo; decode.py works without it. The
+image above and beside the crop is parsed but not turned into pixels; the image below the crop is not parsed. The resize
+is the antialiased one of Pillow 13: weights have double precision and are rounded to 22 bits; lines are resized before
+columns or columns before lines, and both results are rounded to uint8. Everything that libjpeg reports, including
+warnings, is a failure here, and the caller lets Pillow decode the image. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -18,39 +18,39 @@ has Pillow decide. */
 #include <jpeglib.h>
 
 #if !defined(LIBJPEG_TURBO_VERSION_NUMBER) || LIBJPEG_TURBO_VERSION_NUMBER < 2001000
-#error "libjpeg-turbo 2.1 or newer is needed, for jpeg_crop_scanline and jpeg_skip_scanlines without known faults"
+#error "libjpeg-turbo 2.1 or newer is needed: jpeg_crop_scanline and jpeg_skip_scanlines had faults before"
 #endif
 
-/* Compiled for two instruction sets, one of which is chosen when the module is loaded. */
+/* Functions are compiled for two instruction sets; the loader of the module chooses one. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define VECTORISED __attribute__((target_clones("avx2", "default")))
 #else
 #define VECTORISED
 #endif
 
-#define BITS 22  /* of a weight's fraction: 8 for a pixel, and a sign and an overshoot, fill up 32 */
-#define MARGIN 2 /* pixels decoded beside the crop, so that chroma is interpolated as it is within a whole image */
+#define BITS 22  /* of a weight's fraction; a pixel's 8, a sign and an overshoot make 32 */
+#define MARGIN 2 /* pixels decoded beside the crop, so that chroma is interpolated as in the whole image */
 
 typedef int32_t Pixel __attribute__((vector_size(16)));
 typedef int32_t TwoPixels __attribute__((vector_size(32)));
 
 typedef struct {
-  int *start, *count; /* [outputs] which inputs an output is made of */
-  int32_t *weights;   /* [outputs, taps, 4] each weight once for each channel of RGBX */
-  int taps;           /* the same for each output, some with weight 0; even, for two are taken at a time */
+  int *start, *count; /* [outputs] the range of inputs of each output */
+  int32_t *weights;   /* [outputs, taps, 4] each weight is repeated for the channels of RGBX */
+  int taps;           /* weights of each output, padded with 0; even, because they are used in pairs */
 } Filter;
 
 typedef struct {
-  struct jpeg_error_mgr errors; /* first, for `leave` finds the job by it */
+  struct jpeg_error_mgr errors; /* must be first: `leave` casts its address to a Job */
   jmp_buf escape;
   struct jpeg_decompress_struct decoder;
   Py_buffer data;
   int left, top, width, height; /* of the crop, pixels */
   int size, bicubic, mirrored;  /* of the result */
   Py_buffer out;                /* uint8 [size, size, 3] */
-  uint8_t *line;                /* a decoded line, then one of the second pass, RGBX */
-  uint8_t *lines;               /* [height] lines of the crop for the second pass, RGBX */
-  int32_t *wide, *sums;         /* a line's pixels and their weighted sums, RGBX */
+  uint8_t *line;                /* a decoded line, later a line of the second pass, RGBX */
+  uint8_t *lines;               /* [height] lines of the crop after the first pass, RGBX */
+  int32_t *wide, *sums;         /* the pixels of a line and their weighted sums, RGBX */
   Filter across, down;
 } Job;
 
@@ -58,7 +58,7 @@ static void leave(j_common_ptr decoder) { longjmp(((Job *)decoder->err)->escape,
 
 static void keep_quiet(j_common_ptr decoder) { (void)decoder; }
 
-/* After the caller's setjmp: makes a decoder and reads the header. */
+/* Makes a decoder and reads the header; the caller has called setjmp. */
 static void read_header(Job *job) {
   jpeg_create_decompress(&job->decoder);
   jpeg_save_markers(&job->decoder, JPEG_APP0 + 1, 1);
@@ -79,7 +79,7 @@ static double kernel(double x, int bicubic) {
   return x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0;
 }
 
-/* Antialiased: the kernel is stretched to the step between outputs where that is longer than an input. */
+/* For antialiasing, the kernel is stretched to the step between outputs if that is longer than one input. */
 static int make_filter(Filter *filter, int inputs, int outputs, int bicubic, int mirrored) {
   double step = (double)inputs / outputs, stretch = step < 1 ? 1 : step, support = (bicubic ? 2 : 1) * stretch;
   int taps = filter->taps = ((int)(2 * support) + 2) & ~1;
@@ -115,7 +115,7 @@ VECTORISED static void round_sums(const int32_t *restrict sums, size_t values, u
   }
 }
 
-/* The crop's part of a line to `size` pixels, in place if wanted. */
+/* Resizes the crop's part of a line to `size` pixels; `out` may be `line`. */
 VECTORISED static void resize_line(const Job *job, const uint8_t *line, uint8_t *out) {
   const Filter filter = job->across;
   const size_t size = job->size, values = 4 * (size_t)job->width, row = 4 * (size_t)filter.taps;
@@ -138,7 +138,7 @@ VECTORISED static void resize_line(const Job *job, const uint8_t *line, uint8_t 
   round_sums(sums, 4 * size, out);
 }
 
-/* Lines of `pixels` pixels to line `i` of the result. */
+/* Makes line `i` of the result from lines of `pixels` pixels. */
 VECTORISED static void resize_columns(const Job *job, int i, int pixels, uint8_t *out) {
   const size_t values = 4 * (size_t)pixels;
   int32_t *restrict sums = job->sums;
@@ -151,13 +151,13 @@ VECTORISED static void resize_columns(const Job *job, int i, int pixels, uint8_t
   round_sums(sums, values, out);
 }
 
-/* RGBX to RGB. Four bytes are faster to copy than three; the last pixel's fourth is not ours to write. */
+/* Packs RGBX to RGB. Copying four bytes is faster than three, but not for the last pixel, which ends the buffer. */
 static void pack(const uint8_t *restrict pixels, size_t size, uint8_t *restrict out) {
   for (size_t x = 0; x < size - 1; x++) memcpy(out + 3 * x, pixels + 4 * x, 4);
   memcpy(out + 3 * (size - 1), pixels + 4 * (size - 1), 3);
 }
 
-/* The two jobs, whose memory is the caller's to free; they return whether all went well. */
+/* The two jobs. They return whether they succeeded; the caller frees their memory. */
 static int run_measure(Job *job) {
   set_error_handlers(job);
   if (setjmp(job->escape)) return 0;
@@ -178,9 +178,9 @@ static int run_read_crop(Job *job) {
   jpeg_start_decompress(decoder);
   JDIMENSION first = job->left < MARGIN ? 0 : job->left - MARGIN, last = job->left + job->width + MARGIN;
   JDIMENSION count = (last < decoder->output_width ? last : decoder->output_width) - first;
-  jpeg_crop_scanline(decoder, &first, &count); /* moves `first` to the left, to where blocks begin */
+  jpeg_crop_scanline(decoder, &first, &count); /* moves `first` to the left, to the start of a block */
   int size = job->size, longest = (int)count > size ? (int)count : size;
-  int columns_first = job->height > size && job->height - size > 2 * (job->width - size); /* as Pillow 13 decides */
+  int columns_first = job->height > size && job->height - size > 2 * (job->width - size); /* the rule of Pillow 13 */
   int pixels = columns_first ? job->width : size;
   job->line = malloc((size_t)longest * 4);
   job->lines = malloc((size_t)job->height * pixels * 4);
@@ -234,7 +234,7 @@ static PyObject *read_crop(PyObject *module, PyObject *args) {
     return NULL;
   if (job.size < 1 || job.out.len != (Py_ssize_t)job.size * job.size * 3) {
     free_job(&job);
-    return PyErr_Format(PyExc_ValueError, "The result of a crop of %d pixels is uint8[%d, %d, 3].", job.size, job.size,
+    return PyErr_Format(PyExc_ValueError, "the result of a crop of %d pixels must be uint8[%d, %d, 3]", job.size, job.size,
                         job.size);
   }
   Py_BEGIN_ALLOW_THREADS
@@ -246,7 +246,7 @@ static PyObject *read_crop(PyObject *module, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"measure", measure, METH_VARARGS,
-     "measure(data) -> (height, width, whether it has Exif or XMP), or None for what only Pillow reads."},
+     "measure(data) -> (height, width, whether it has Exif or XMP), or None if only Pillow can read it."},
     {"read_crop", read_crop, METH_VARARGS,
      "read_crop(data, (left, top, width, height), size, bicubic, mirrored, out) -> whether out, uint8[size, size, 3], "
      "was filled."},

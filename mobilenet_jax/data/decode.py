@@ -1,4 +1,4 @@
-"""An image file to upright RGB pixels, or one sentence that says why not."""
+"""Decode an image file to upright RGB pixels, or say in one sentence why it cannot be decoded."""
 
 import contextlib
 import io
@@ -11,18 +11,18 @@ from PIL import ExifTags, Image, ImageOps
 
 try:
     from mobilenet_jax.data import _jpeg  # pyright: ignore[reportAttributeAccessIssue]
-except ImportError:  # built where there are a C compiler and libjpeg-turbo; the loader says that it was not
+except ImportError:  # built only with a C compiler and libjpeg-turbo; the loader warns if it is missing
     _jpeg = None
 
-# 8192 x 8192: ten times a 6-megapixel photograph, 200 MB of RGB. Below Pillow's own limit, so that ours
-# speaks first.
+# 8192 x 8192: ten times a 6-megapixel photograph, 200 MB of RGB. It is below Pillow's own limit, so that this limit
+# is reached first.
 MAX_PIXELS = 2**26
-MAX_BYTES = 2**29  # of a file; twice what MAX_PIXELS take uncompressed, with transparency
-_STRIP = 2**22  # pixels converted at a time: a large image is not held in memory several times over
-_LARGE = 2**24  # pixels from which images are decoded one at a time, whatever the number of threads
+MAX_BYTES = 2**29  # of a file; twice the size of MAX_PIXELS uncompressed with transparency
+_STRIP = 2**22  # pixels converted at a time, so that memory holds no second copy of a large image
+_LARGE = 2**24  # larger images (in pixels) are decoded one at a time, whatever the number of threads
 _large_images = threading.Lock()
 
-# What image data sets hold. Pillow's other readers are kept away from untrusted bytes.
+# The formats of image data sets. Pillow's other readers never see untrusted bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
@@ -31,21 +31,21 @@ class UnreadableImageError(ValueError):
 
 
 def decode_image(data: bytes | Path, *, name: str) -> np.ndarray:
-    """Decodes one image, the first frame of an animation.
+    """Decode one image, or the first frame of an animation.
 
-    EXIF orientation is applied; grey, palette and CMYK become RGB; 16-bit grey is scaled to 8 bits, not
-    clipped; transparency is laid on white, the page that cut-outs, logos and clip art are drawn for.
+    EXIF orientation is applied. Grey, palette and CMYK become RGB. 16-bit grey is scaled to 8 bits, not clipped.
+    Transparent images are laid on white, because cut-outs, logos and clip art are drawn for a white page.
 
     Args:
       data: the bytes of the file, or its path.
-      name: what an error calls the image: its file, or its data set and record number.
+      name: the name of the image in errors: its file, or its data set and record number.
 
     Returns:
       uint8[H, W, 3], possibly read-only.
 
     Raises:
-      UnreadableImageError: missing, no file, damaged, cut short, of another format, of more than MAX_BYTES or of more
-        than MAX_PIXELS pixels (refused from the header, before a pixel is decoded).
+      UnreadableImageError: the file is missing, not a regular file, damaged, truncated, of another format, larger than
+        MAX_BYTES, or has more than MAX_PIXELS pixels (which the header says before a pixel is decoded).
     """
     try:
         _check_file(data)
@@ -56,9 +56,9 @@ def decode_image(data: bytes | Path, *, name: str) -> np.ndarray:
                 return _to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImageError(
-            f"{name} is refused as a decompression bomb ({error}): at most {MAX_PIXELS} pixels are decoded."
+            f"{name} is refused as a decompression bomb ({error}); valid: at most {MAX_PIXELS} pixels"
         ) from error
-    except Exception as error:  # Pillow's readers raise a dozen types on damaged bytes; all mean the same here
+    except Exception as error:  # Pillow's readers raise many types on damaged bytes
         raise UnreadableImageError(f"{name} cannot be decoded: {error}") from error
 
 
@@ -67,49 +67,55 @@ def _check_file(data: bytes | Path) -> None:
         status = data.stat()
         size = status.st_size
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no file")  # opening a pipe would wait for its other end
+            raise ValueError("it is not a file")  # opening a pipe would wait for its other end
     else:
         size = len(data)
     if size > MAX_BYTES:
-        raise ValueError(f"it has {size:,} bytes, and at most {MAX_BYTES:,} are read")
+        raise ValueError(f"it has {size:,} bytes; valid: at most {MAX_BYTES:,}")
 
 
 class CroppableJpeg:
-    """A JPEG of which any rectangle can be had, resized, for less than the whole costs."""
+    """A JPEG of which a rectangle can be decoded and resized for less than the cost of decoding all of it."""
 
     def __init__(self, data: bytes, *, name: str, shape: tuple[int, int, int]):
         self._data, self._name = data, name
         self.shape = shape  # (H, W, 3) of the decoded image
 
     def resize_crop(self, box: tuple[int, int, int, int], *, size: int, bicubic: bool, mirrored: bool) -> np.ndarray:
-        """The rectangle (left, top, width, height) as uint8[size, size, 3], left and right exchanged if `mirrored`.
+        """Return the rectangle (left, top, width, height) as uint8[size, size, 3].
 
-        Equal to decode_image, cropped and resized by Pillow 13, bit for bit. (Older releases of Pillow resize rows
-        before columns at any shape: of some crops a few pixels then differ, by a grey level if bilinear.) The image
-        below the rectangle is not looked at.
+        The result is equal, bit for bit, to an image from `decode_image` that Pillow 13 crops and resizes. (Older
+        releases of Pillow always resize rows before columns. In some crops a few pixels then differ, by one grey level
+        if bilinear.) The image below the rectangle is not read.
+
+        Args:
+          box: pixels.
+          size: pixels of the result's sides.
+          bicubic: resize with the bicubic instead of the bilinear kernel.
+          mirrored: exchange left and right.
 
         Raises:
-          UnreadableImageError: as `decode_image`.
+          UnreadableImageError: as `decode_image` raises it.
         """
         assert _jpeg is not None
         out = np.empty((size, size, 3), np.uint8)
         if _jpeg.read_crop(self._data, box, size, bicubic, mirrored, out):
             return out
-        left, top, width, height = box  # libjpeg has found a fault: whether it can be lived with is Pillow's to say
+        left, top, width, height = box  # libjpeg has found a fault; Pillow decides whether the image is usable
         crop = Image.fromarray(decode_image(self._data, name=self._name)[top : top + height, left : left + width])
         resized = crop.resize((size, size), Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR)
         return np.asarray(ImageOps.mirror(resized) if mirrored else resized)
 
 
 def can_crop() -> bool:
-    """Whether `open_croppable` ever returns something: whether the extension _jpeg was built."""
+    """Return whether the extension _jpeg was built, so that `open_croppable` can return an image."""
     return _jpeg is not None
 
 
 def open_croppable(data: bytes | Path, *, name: str) -> CroppableJpeg | None:
-    """An image that need not be decoded whole, from its header; None for one that `decode_image` must see.
+    """Read the header of an image that can be decoded in part; None if only `decode_image` can decode it.
 
-    Those are all but upright grey and colour JPEGs that end as a JPEG does, and all where the extension is missing.
+    Only upright grey and colour JPEGs with a proper end can be decoded in part, and only if the extension was built.
     """
     if _jpeg is None:
         return None
@@ -119,9 +125,9 @@ def open_croppable(data: bytes | Path, *, name: str) -> CroppableJpeg | None:
         try:
             _check_file(data)
             data = data.read_bytes()
-        except (OSError, ValueError):  # decode_image will say it
+        except (OSError, ValueError):  # decode_image will raise it
             return None
-    # A file cut short ends otherwise; below the crop that would go unnoticed.
+    # A truncated file does not end so; a crop above the missing part would not notice.
     header = _jpeg.measure(data) if data.rfind(b"\xff\xd9", -64) >= 0 else None
     if header is None:
         return None
@@ -135,7 +141,7 @@ def _is_upright(data: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    except Exception:  # as in decode_image, which will say what it is
+    except Exception:  # as in decode_image, which will raise the error
         return False
 
 
@@ -152,7 +158,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _strip_to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):  # 16-bit grey: "I;16", or "I" in older Pillow, whose convert() would clip at 255
+    if image.mode.startswith("I"):  # 16-bit grey ("I" in older Pillow), which convert() would clip at 255
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2)
     if image.has_transparency_data:

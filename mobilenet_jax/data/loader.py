@@ -1,8 +1,8 @@
 """Batches for training and evaluation, on Grain.
 
-Training is one endless stream of examples: position g of the stream is an image of epoch g // n, and its
-augmentation is a function of the seed and g. A global batch is a slice of that stream and process p holds the
-p-th block of it: neither the number of processes, nor of workers, nor a restart changes what is trained on.
+Training is one endless stream of examples. Position g of the stream is an image of epoch g // n, where n is the number
+of images, and its augmentation depends only on the seed and g. A global batch is a slice of that stream, and process p
+holds the p-th block of the slice. So the examples do not depend on the number of processes or workers, or on restarts.
 """
 
 import functools
@@ -22,13 +22,13 @@ from mobilenet_jax.data.transforms import TrainTransform, make_eval_transform, m
 
 Batch = dict[str, np.ndarray]
 
-# Of a set whose prepared images fit in this, each is kept once it has been met in the first epoch.
+# A data set whose prepared images fit in this stays in memory after its first epoch.
 MEMORY_BYTES = 512 * 2**20
 ON_ERROR = ("stop", "skip")
 
 
 class _Reader:
-    """Reads, decodes and prepares images by index, and keeps those of a small set in memory."""
+    """Reads, decodes and prepares images by index, and keeps the images of a small set in memory."""
 
     def __init__(self, source: Source, prepare: Callable[[np.ndarray], np.ndarray], *, keep: bool):
         self.source = source
@@ -36,11 +36,11 @@ class _Reader:
         self._kept: dict[int, tuple[np.ndarray, int]] = {}
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
-        """The prepared image and the label; raises UnreadableImageError."""
+        """Return the prepared image and the label; raise UnreadableImageError if the image cannot be read."""
         return self._kept[index] if index in self._kept else self._decode(index, self.source[index])
 
     def read_to_crop(self, index: int) -> tuple[np.ndarray | CroppableJpeg, int]:
-        """As `read`, but a JPEG that is not to be kept is left encoded: of it a crop will be decoded alone."""
+        """Read as `read`, but leave a JPEG encoded if it is not kept, so that only a crop of it is decoded."""
         if index in self._kept:
             return self._kept[index]
         record = self.source[index]
@@ -60,12 +60,12 @@ class _Reader:
         return example
 
     def _is_kept(self, size: int) -> bool:
-        # Each image judged by its own size: what is kept never exceeds the limit, with nothing to lock.
+        # Each image is judged by its own size, so that the limit holds without a lock and a running total.
         return self._keep and size * len(self.source) <= MEMORY_BYTES
 
 
-class _Untouched:
-    """The transform of features, which are what they are."""
+class _Identity:
+    """The transform of features, which are neither prepared nor augmented."""
 
     crop = "none"
 
@@ -79,21 +79,21 @@ class _Untouched:
 
 @functools.lru_cache(maxsize=2)
 def _draw_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch's images; neighbouring epochs are both at hand where batches straddle them."""
+    """Draw the order of an epoch's images; two epochs are cached, because a batch may have images of both."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 class _LoadTrainBatch:
-    """The number of a training batch -> this process's block of it, augmented.
+    """Makes this process's block of a training batch from the number of the batch.
 
-    One call makes a whole batch: Grain's own shuffling, mapping and batching cost a twentieth of a millisecond an
-    image, a tenth of what the image itself takes.
+    One call makes a whole block. Grain's own shuffling, mapping and batching would cost a twentieth of a millisecond
+    per image, a tenth of the time of the image itself.
     """
 
     def __init__(
         self,
         reader: _Reader,
-        transform: TrainTransform | _Untouched,
+        transform: TrainTransform | _Identity,
         *,
         on_error: str,
         seed: int,
@@ -116,15 +116,15 @@ class _LoadTrainBatch:
         }
 
     def _make_example(self, place: int) -> tuple[np.ndarray, int, int]:
-        """The example at a place of the stream."""
+        """Return the image, the label and the number of skipped images at a place of the stream."""
         count = len(self._reader.source)
         epoch, i = divmod(place, count)
-        # A stream of 2^64 blocks of numbers for each place, and one key for all.
+        # All places have the same key; the counter gives each place 2^64 blocks of random numbers of its own.
         rng = np.random.Generator(np.random.Philox(key=self._seed, counter=(0, place, 0, 0)))
         return self._read_and_augment(int(_draw_order(count, self._seed, epoch)[i]), rng)
 
     def _read_and_augment(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int, int]:
-        """Image, label, and how many unreadable images before it were passed over."""
+        """Return the first readable image from `index` on, its label, and how many images were skipped before it."""
         count = len(self._reader.source)
         for skipped in range(count):
             try:
@@ -136,14 +136,14 @@ class _LoadTrainBatch:
                 if str(error) not in self._reported:
                     self._reported.add(str(error))
                     logging.warning("Skipped: %s", error)
-        raise UnreadableImageError(f"None of the {count} images of {self._reader.source.name} can be read.")
+        raise UnreadableImageError(f"none of the {count} images of {self._reader.source.name} can be read")
 
 
 class TrainIterator(grain.DatasetIterator[Batch]):
-    """An endless iterator of batches whose state is that of the last batch it gave, whatever runs ahead.
+    """An endless iterator of batches; its state is the position after the last batch it returned.
 
-    The state is a count: the batches can be had from any position on, so a restored iterator starts its
-    threads or workers there, and one saved with workers continues without them.
+    Prefetched batches do not count. The state is a number of batches, so that a restored iterator starts its threads or
+    workers at that position. An iterator that was saved with workers can continue without them.
     """
 
     def __init__(self, batches: grain.MapDataset, *, workers: int, threads: int, identity: dict[str, int]):
@@ -159,38 +159,38 @@ class TrainIterator(grain.DatasetIterator[Batch]):
         return batch
 
     def start_prefetch(self) -> None:
-        """Starts the threads or the workers, if they do not run yet."""
+        """Start the threads or the workers, if they do not run yet."""
         self._start().start_prefetch()
 
     def _start(self) -> grain.DatasetIterator:
         if self._closed:
-            raise ValueError("The data iterator is closed.")
+            raise ValueError("the data iterator is closed")
         if self._running is None:
             remaining = self._batches.slice(slice(self._next_batch, None))
             self._running = iter(_prefetch(remaining, workers=self._workers, threads=self._threads))
         return self._running
 
     def get_state(self) -> dict[str, int]:
-        """The number of batches given so far and what they were made of, as JSON."""
+        """Return the number of batches so far and the identity of their data, as JSON."""
         return {"next_batch": self._next_batch, **self._identity}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues from a state of `get_state`, which may be that of another process of the same run.
+        """Continue from a state of `get_state`, which may come from another process of the same run.
 
         Raises:
-          ValueError: a state from other data, which would silently be another stream.
+          ValueError: the state is from other data, whose stream is different.
         """
         for key, value in self._identity.items():
             if state[key] != value:
                 raise ValueError(
-                    f"The data iterator was saved with {key} = {state[key]} and now has {key} = {value}: the "
-                    "batches that follow would not be those of the run."
+                    f"the data iterator was saved with {key} = {state[key]} and now has {key} = {value}; valid: the "
+                    "data with which the run began"
                 )
         self._stop()
         self._next_batch = state["next_batch"]
 
     def close(self) -> None:
-        """Ends threads and workers; the iterator gives no more batches."""
+        """End threads and workers; the iterator returns no more batches."""
         self._stop()
         self._closed = True
 
@@ -203,33 +203,32 @@ class TrainIterator(grain.DatasetIterator[Batch]):
 def make_train_iterator(
     data_config, *, seed: int, process_index: int, process_count: int, features: Source | None = None
 ) -> TrainIterator:
-    """Training batches without end: every image once an epoch, in an order drawn anew for each.
+    """Make an endless iterator of training batches: every image once an epoch, in an order drawn for the epoch.
 
     Args:
       data_config: config.data of configs/base.py.
-      seed: of order and augmentation; any integer from 0 on.
-      process_index: which block of each global batch is wanted.
-      process_count: how many blocks a global batch has. It does not change the global batch.
-      features: arrays in memory that stand for the images, one for each, and are given as they are.
+      seed: an integer of at least 0, for order and augmentation.
+      process_index: the number of this process's block in each global batch.
+      process_count: the number of blocks in a global batch. It does not change the global batch.
+      features: arrays in memory, one for each image, that replace the images and are not transformed.
 
     Returns:
       A Grain iterator of {"images": uint8[b, S, S, 3], "labels": int32[b], "skipped": int32[b]} with b =
-      batch_size / process_count; `skipped` counts the unreadable images that an example stands in for. Its
-      state is exact (see TrainIterator). With data.on_error = "stop", next() raises UnreadableImageError at
-      such an image.
+      batch_size / process_count. `skipped` counts the unreadable images that an example replaces. The state is exact
+      (see TrainIterator). With data.on_error = "stop", next() raises UnreadableImageError at an unreadable image.
 
     Raises:
-      ValueError: an impossible config, in one sentence.
+      ValueError: an impossible value of config.data.
     """
     _check(data_config)
     local_size = _divide(data_config, "batch_size", process_count)
-    transform = _Untouched() if features else make_train_transform(data_config)
+    transform = _Identity() if features else make_train_transform(data_config)
     source = features or open_source(data_config, "train")
     workers = 0 if features else data_config.workers
     if transform.crop == "inception" and not isinstance(source[0].image, np.ndarray) and not can_crop():
         logging.warning(
-            "JPEGs are decoded whole, at half the speed: the installation found no C compiler or no headers of "
-            "libjpeg-turbo, with which it builds mobilenet_jax.data._jpeg."
+            "JPEGs are decoded whole, at half the speed: mobilenet_jax.data._jpeg was not built, because the "
+            "installation found no C compiler or no headers of libjpeg-turbo"
         )
     load_batch = _LoadTrainBatch(
         _Reader(source, transform.prepare, keep=workers == 0 and not features),
@@ -249,7 +248,7 @@ def make_train_iterator(
 
 
 class _LoadEvalBatch:
-    """The number of an evaluation batch -> this process's block of it, padded and masked."""
+    """Makes this process's block of an evaluation batch, padded and masked, from the number of the batch."""
 
     def __init__(self, reader: _Reader, *, local_size: int, process_index: int, process_count: int, blank: np.ndarray):
         self._reader, self._local_size, self._blank = reader, local_size, blank
@@ -269,7 +268,7 @@ class _LoadEvalBatch:
 
 
 class EvalBatches:
-    """The evaluation batches of one process; can be iterated any number of times."""
+    """The evaluation batches of one process, which can be iterated any number of times."""
 
     def __init__(self, batches: grain.MapDataset, *, workers: int, threads: int):
         self._batches, self._workers, self._threads = batches, workers, threads
@@ -288,31 +287,31 @@ class EvalBatches:
 def make_eval_batches(
     data_config, *, process_index: int, process_count: int, split: str | None = None, features: Source | None = None
 ) -> tuple[EvalBatches, int]:
-    """Every image of a split exactly once over all processes, whatever the batch size, in the order of its source.
+    """Make batches with every image of a split exactly once over all processes, in the order of the source.
 
     Args:
       data_config: config.data of configs/base.py.
-      process_index: which block of each global batch is wanted.
-      process_count: how many blocks a global batch has.
-      split: by default that of evaluation: holdout where data.holdout > 0, else test.
-      features: arrays in memory that stand for the images, and are given as they are.
+      process_index: the number of this process's block in each global batch.
+      process_count: the number of blocks in a global batch.
+      split: train, test or holdout; by default holdout if data.holdout > 0, otherwise test.
+      features: arrays in memory, one for each image, that replace the images and are not transformed.
 
     Returns:
-      The batches {"images": uint8[b, S, S, 3], "labels": int32[b], "mask": bool[b]}, b = eval_batch_size /
-      process_count, as many in every process, zeros where mask is False; and the count of images in the
-      split, over all processes. Iterating raises UnreadableImageError at an unreadable image, whatever
-      data.on_error is.
+      (batches, the number of images in the split over all processes). A batch is {"images": uint8[b, S, S, 3],
+      "labels": int32[b], "mask": bool[b]} with b = eval_batch_size / process_count, and zeros where mask is False.
+      Every process has the same number of batches. Iterating raises UnreadableImageError at an unreadable image, also
+      with data.on_error = "skip".
 
     Raises:
-      ValueError: an impossible config, in one sentence.
+      ValueError: an impossible value of config.data.
     """
     _check(data_config)
     local_size = _divide(data_config, "eval_batch_size", process_count)
     source = features or open_source(data_config, split or eval_split(data_config))
     workers = 0 if features else data_config.workers
-    # What is not evaluated again and again is not kept.
+    # Only the split of evaluation is read more than once.
     keep = workers == 0 and not features and split is None
-    reader = _Reader(source, _Untouched().prepare if features else make_eval_transform(data_config), keep=keep)
+    reader = _Reader(source, _Identity().prepare if features else make_eval_transform(data_config), keep=keep)
     blank = np.zeros((data_config.image_size, data_config.image_size, 3), np.uint8)
     load = _LoadEvalBatch(
         reader,
@@ -327,9 +326,9 @@ def make_eval_batches(
 
 
 def _prefetch(batches: grain.MapDataset, *, workers: int, threads: int) -> grain.IterDataset:
-    """Batches made ahead, each whole by one thread, in order."""
+    """Prefetch batches in order; one thread makes a whole batch."""
     if workers and not flags.FLAGS.is_parsed():
-        # Grain's workers read absl flags, which nobody has parsed in a notebook or a test.
+        # Grain's workers read absl flags, which are not parsed in a notebook or a test.
         flags.FLAGS.mark_as_parsed()
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     prefetched = batches.to_iter_dataset(ahead)
@@ -339,26 +338,25 @@ def _prefetch(batches: grain.MapDataset, *, workers: int, threads: int) -> grain
 
 
 def _copy(batch: Batch) -> Batch:
-    """Takes a worker's batch out of shared memory, which leaks where a batch outlives the iterator."""
+    """Copy a worker's batch out of shared memory, which leaks if a batch outlives the iterator."""
     return {key: np.array(value) for key, value in batch.items()}
 
 
 def _count_threads(source: Source, *, workers: int) -> int:
-    """Threads of each process that reads."""
-    # Encoded images gain from threads, as Pillow decodes without the interpreter's lock; arrays would only
-    # contend.
+    """Return the number of threads of each process that reads."""
+    # Pillow decodes without the interpreter's lock, so threads help with encoded images. With arrays they do not.
     return 1 if workers or isinstance(source[0].image, np.ndarray) else min(8, os.cpu_count() or 1)
 
 
 def _divide(data_config, key: str, process_count: int) -> int:
     size = data_config[key]
     if size < 1 or size % process_count:
-        raise ValueError(f"data.{key} is {size!r}; it must be a positive multiple of the {process_count} processes.")
+        raise ValueError(f"data.{key} is {size!r}; valid: a positive multiple of the {process_count} processes")
     return size // process_count
 
 
 def _check(data_config) -> None:
     if data_config.on_error not in ON_ERROR:
-        raise ValueError(f"data.on_error is {data_config.on_error!r}; it must be one of {', '.join(ON_ERROR)}.")
+        raise ValueError(f"data.on_error is {data_config.on_error!r}; valid: {', '.join(ON_ERROR)}")
     if data_config.workers < 0:
-        raise ValueError(f"data.workers is {data_config.workers!r}; it must be at least 0.")
+        raise ValueError(f"data.workers is {data_config.workers!r}; valid: at least 0")

@@ -1,6 +1,6 @@
 """Where images come from: the embedded digits, TFDS sets, folders, and random pixels.
 
-A source is a sequence of records that reads nothing before it is asked; decoding is `decode.py`'s.
+A source is a sequence of records. It reads an image only when that record is asked for; `decode.py` decodes it.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Record(NamedTuple):
-    """One labelled image, not yet decoded where it is stored encoded."""
+    """One labelled image, as it is stored: encoded images are not decoded yet."""
 
     image: np.ndarray | bytes | Path  # uint8[H, W, 3], or the bytes or the path of an image file
     label: int  # index into the source's class_names
-    name: str  # what messages call it: its file, or its set and number
+    name: str  # for messages: its file, or its data set and number
 
 
 class Source(Protocol):
@@ -38,51 +38,51 @@ class Source(Protocol):
 
 
 class DataInfo(NamedTuple):
-    """What a run needs to know of its data before it reads any."""
+    """Facts about the data that a run needs before it reads any image."""
 
     num_classes: int
     class_names: tuple[str, ...]
-    train_count: int  # images training sees, without the holdout
-    eval_count: int  # images evaluation sees
+    train_count: int  # training images, without the holdout
+    eval_count: int  # evaluation images
 
 
 def open_source(data_config, split: str) -> Source:
-    """Opens a split of config.data.source.
+    """Open a split of config.data.source.
 
-    `holdout` is the share data.holdout of the training images, the same ones whatever the run's seed; `train`
-    is the rest. `test` of a TFDS set is its test split, else (or where its test labels are withheld) its
-    validation split; `test` of a folder is its folder test, else val, else a fifth of the files, chosen by a
-    hash of CLASS/FILE.
+    `holdout` is the share data.holdout of the training images. It has the same images for every seed of a run. `train`
+    is the rest. `test` of a TFDS set is its test split, or its validation split if there is no test split or its labels
+    are withheld. `test` of a folder is its folder test, or its folder val, or otherwise a fifth of the files, chosen by
+    a hash of CLASS/FILE.
 
     Args:
       data_config: config.data of configs/base.py.
       split: train | test | holdout.
 
     Raises:
-      ValueError: a source that is unknown, not prepared, empty or ill-formed, in one sentence.
-      FileNotFoundError: data.path is no folder.
+      ValueError: a source that is unknown, not prepared, empty or malformed.
+      FileNotFoundError: data.path is not a folder.
     """
     if split not in SPLITS:
-        raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
+        raise ValueError(f"split is {split!r}; valid: {', '.join(SPLITS)}")
     kind, _, argument = data_config.source.partition(":")
     if kind not in SOURCES:
-        raise ValueError(f"data.source is {data_config.source!r}; it must be digits, tfds:NAME, folder, or fake:N.")
+        raise ValueError(f"data.source is {data_config.source!r}; valid: digits, tfds:NAME, folder, fake:N")
     if not 0 <= data_config.holdout < 1:
-        raise ValueError(f"data.holdout is {data_config.holdout!r}; it must be at least 0 and below 1.")
+        raise ValueError(f"data.holdout is {data_config.holdout!r}; valid: at least 0 and below 1")
     source = SOURCES[kind](data_config, argument, "test" if split == "test" else "train")
     return source if split == "test" else _part(source, split, data_config.holdout)
 
 
 def eval_split(data_config) -> str:
-    """The split that evaluation sees: holdout where there is one, else test."""
+    """Return the split of evaluation: holdout if data.holdout is above 0, otherwise test."""
     return "holdout" if data_config.holdout > 0 else "test"
 
 
 def describe(data_config) -> DataInfo:
-    """Classes and counts of config.data, from listings and headers alone.
+    """Return classes and counts of config.data, without reading images.
 
     Raises:
-      ValueError: as `open_source`.
+      ValueError, FileNotFoundError: as `open_source` raises them.
     """
     train = open_source(data_config, "train")
     evaluation = open_source(data_config, eval_split(data_config))
@@ -106,13 +106,13 @@ class _Part:
 def _part(source: Source, split: str, share: float) -> Source:
     if share == 0 and split == "train":
         return source
-    # RandomState, because its streams are frozen for good, unlike those of Generator.
+    # RandomState, because its streams never change; the streams of Generator may.
     order = np.random.RandomState(0).permutation(len(source))
     count = round(share * len(source))
     if not 0 < count < len(source):
         raise ValueError(
-            f"data.holdout is {share!r}, which leaves {count} of the {len(source)} images of {source.name} "
-            f"held out and {len(source) - count} to train on; neither may be 0."
+            f"data.holdout is {share!r}, which holds out {count} and leaves {len(source) - count} of the {len(source)} "
+            f"images of {source.name}; valid: a share at which neither is 0"
         )
     indices = np.sort(order[:count] if split == "holdout" else order[count:])
     return _Part(source, indices, name=f"{source.name} ({split})")
@@ -121,17 +121,18 @@ def _part(source: Source, split: str, share: float) -> Source:
 class _Digits:
     """The 1,797 8x8 digits that scikit-learn ships (UCI Optical Recognition of Handwritten Digits).
 
-    1,437 train, 360 test: sklearn's train_test_split(test_size=0.2, stratify=labels, random_state=0), stored.
+    The stored split is sklearn's train_test_split(test_size=0.2, stratify=labels, random_state=0): 1,437 training and
+    360 test images.
     """
 
     def __init__(self, data_config, argument: str, split: str):
         if argument:
-            raise ValueError(f"data.source is 'digits:{argument}'; digits takes no argument.")
+            raise ValueError(f"data.source is 'digits:{argument}'; valid: digits, which takes no argument")
         with importlib.resources.files("mobilenet_jax.data").joinpath("digits.npz").open("rb") as file:
             stored = np.load(file)
             chosen = stored["is_test"] == (split == "test")
             grey, self._labels = stored["images"][chosen], stored["labels"][chosen]
-        # 17 grey levels, 0..16, to 0..255.
+        # The 17 grey levels 0..16 become 0..255.
         self._images = np.round(grey[..., None].repeat(3, axis=-1) * (255 / 16)).astype(np.uint8)
         self.name = f"digits {split}"
         self.class_names = tuple(str(i) for i in range(10))
@@ -144,13 +145,13 @@ class _Digits:
 
 
 class _Fake:
-    """Random images of data.image_size pixels and data.num_classes classes, a function of split and index."""
+    """Random images of data.image_size pixels and data.num_classes classes, which depend only on split and index."""
 
     def __init__(self, data_config, argument: str, split: str):
         if not argument.isdecimal() or int(argument) == 0:
-            raise ValueError(f"data.source is 'fake:{argument}'; fake needs a count, as in fake:1024.")
+            raise ValueError(f"data.source is 'fake:{argument}'; valid: fake:N with a count N of at least 1")
         if data_config.num_classes < 1:
-            raise ValueError(f"data.num_classes is {data_config.num_classes!r}; it must be at least 1.")
+            raise ValueError(f"data.num_classes is {data_config.num_classes!r}; valid: at least 1")
         self.name = f"fake {split}"
         self.class_names = tuple(f"class {i}" for i in range(data_config.num_classes))
         self._count, self._size, self._stream = int(argument), data_config.image_size, int(split == "test")
@@ -166,19 +167,19 @@ class _Fake:
 
 
 class _Folder:
-    """Image files in one folder a class."""
+    """Image files in one folder per class."""
 
     def __init__(self, data_config, argument: str, split: str):
         if argument:
-            raise ValueError(f"data.source is 'folder:{argument}'; the folder itself goes into data.path.")
+            raise ValueError(f"data.source is 'folder:{argument}'; valid: folder, with the path in data.path")
         root = Path(data_config.path)
         if not data_config.path or not root.is_dir():
             raise FileNotFoundError(
-                f"data.path is {data_config.path!r}; it must be a folder of train/CLASS/*.jpg or of CLASS/*.jpg."
+                f"data.path is {data_config.path!r}; valid: a folder of train/CLASS/*.jpg or of CLASS/*.jpg"
             )
         if (root / "train").is_dir() and _subfolders(root / "train"):
             files = _list_split(root, split)
-        else:  # one folder, even one with a class called train
+        else:  # one folder, in which a class may be called train
             files = {
                 label: [file for file in paths if _is_test(file) == (split == "test")]
                 for label, paths in _list_classes(root).items()
@@ -187,7 +188,9 @@ class _Folder:
         self.class_names = tuple(files)
         self._files = [(file, label) for label, paths in enumerate(files.values()) for file in paths]
         if not self._files:
-            raise ValueError(f"data.path: {root} has no image for its {split} split; add images.")
+            raise ValueError(
+                f"data.path is {str(root)!r}, which has no image for its {split} split; valid: at least one"
+            )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -198,34 +201,34 @@ class _Folder:
 
 
 def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
-    """The files of root/train or of root/test (else root/val), which must have the same classes."""
+    """List the files of root/train, or of root/test or root/val; both folders must have the same classes."""
     train = _list_classes(root / "train")
     test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if test_root is None:
         if split == "train":
             return train
         raise ValueError(
-            f"data.path: {root} has train/ but neither test/ nor val/ beside it; add one, or set data.holdout."
+            f"data.path is {str(root)!r}, which has train/ but neither test/ nor val/; valid: one of them, or "
+            "data.holdout above 0"
         )
     test = _list_classes(test_root)
     if odd := sorted(train.keys() ^ test.keys()):
         raise ValueError(
-            f"data.path: {root / 'train'} and {test_root} must have the same class folders; "
-            f"only one of them has {', '.join(odd)}."
+            f"data.path is {str(root)!r}, where only one of train/ and {test_root.name}/ has {', '.join(odd)}; valid: "
+            "the same class folders in both"
         )
     return train if split == "train" else test
 
 
 def _list_classes(root: Path) -> dict[str, list[Path]]:
-    """The image files of each class folder of `root`, both sorted by name."""
+    """List the image files of each class folder of `root`; classes and files are sorted by name."""
     classes = {folder.name: sorted(file for file in folder.iterdir() if is_image(file)) for folder in _subfolders(root)}
     if not classes:
-        raise ValueError(f"data.path: {root} has no class folders; it needs CLASS/*.jpg, one folder a class.")
+        raise ValueError(f"data.path: {root} has no class folders; valid: CLASS/*.jpg, one folder per class")
     for name, files in classes.items():
         if not files:
             raise ValueError(
-                f"data.path: the class folder {root / name} has no image; it needs files ending in "
-                f"{', '.join(SUFFIXES)}."
+                f"data.path: the class folder {root / name} has no image; valid: files ending in {', '.join(SUFFIXES)}"
             )
     return classes
 
@@ -235,14 +238,15 @@ def _subfolders(root: Path) -> list[Path]:
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file's name is that of an image."""
+    """Return whether a file is an image by its name."""
     return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")  # macOS leaves ._NAME.jpg
 
 
 def _is_test(file: Path) -> bool:
-    """Whether a file of an unsplit folder is a test image: a fifth is, by the hash of CLASS/FILE.
+    """Return whether a file of an unsplit folder is a test image, which a fifth is, by the hash of CLASS/FILE.
 
-    Stable when files are added, and across machines: file systems differ in how they compose accents: NFC.
+    The answer does not change when files are added. It does not depend on the machine either: names are brought to NFC,
+    because file systems compose accents differently.
     """
     name = unicodedata.normalize("NFC", f"{file.parent.name}/{file.name}")
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < 2**64 / 5
@@ -261,14 +265,16 @@ class _Tfds:
         for name in present:
             self.name = f"{argument} {name}"
             self._records = _read_split(builder, name, image)
-            # Some sets publish a test split whose labels are withheld and stored as -1 (imagenet2012).
+            # Some sets withhold the labels of their test split and store -1 (imagenet2012).
             if len(self._records) and self[0].label >= 0:
                 return
-        problem = f"{' and '.join(present)} holds 0 labelled records" if present else "there is none"
+        problem = (
+            f"{' and '.join(present)} holds 0 labelled records" if present else f"there is no {' or '.join(wanted)}"
+        )
         raise ValueError(
-            f"data.source: 'tfds:{argument}' must have records in a split named {' or '.join(wanted)}, "
-            f"but {problem} (it has {', '.join(builder.info.splits)}; data.holdout evaluates on a share "
-            "of train)."
+            f"data.source is 'tfds:{argument}', where {problem}; valid: a set with records in a split named "
+            f"{' or '.join(wanted)} (it has {', '.join(builder.info.splits)}; data.holdout evaluates on a share of "
+            "train)"
         )
 
     def __len__(self) -> int:
@@ -278,42 +284,42 @@ class _Tfds:
         name = f"{self.name} record {index}"
         try:
             record = self._records[index]
-        except (RuntimeError, OSError, IndexError) as error:  # what array_record's readers raise
+        except (RuntimeError, OSError, IndexError) as error:  # array_record's readers raise these
             raise UnreadableImageError(f"{name} cannot be read: {error}") from error
         image, label = record[self._image_key], record[self._label_key]
-        if image is None:  # what TFDS makes of the nothing that a reader without records returns
-            raise UnreadableImageError(f"{name} cannot be read: its file holds fewer records than listed.")
+        if image is None:  # TFDS makes this of the empty answer of a reader without records
+            raise UnreadableImageError(f"{name} cannot be read: its file holds fewer records than listed")
         return Record(image, int(label), name)
 
 
 def _find_builder(name: str, data_dir: str) -> Any:
-    """The TFDS builder of a set that is prepared under data_dir."""
+    """Return the TFDS builder of a set that is prepared under data_dir."""
     if "://" in data_dir:
         raise ValueError(
-            f"data.data_dir is {data_dir!r}; array_record reads 0 records from such a path, so copy the set "
-            "to a local folder or mount the bucket with gcsfuse."
+            f"data.data_dir is {data_dir!r}, where array_record finds no records; valid: a local folder with a copy of "
+            "the set, or a bucket that is mounted with gcsfuse"
         )
-    # Here, because it takes its time and only this source needs it.
+    # Imported here because it is slow and only this source needs it.
     from tensorflow_datasets.core import read_only_builder, registered
 
     try:
-        # From the files alone: the code that generates a set is not needed, and may import TensorFlow.
+        # Reads only the files: the code that generates a set is not needed, and may import TensorFlow.
         return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
     except registered.DatasetNotFoundError as error:
         to = f" --data_dir={data_dir}" if data_dir else ""
         raise ValueError(
-            f"data.source: the set '{name}' is not prepared in {data_dir or 'the default folder of TFDS'}; "
-            f"prepare it with `pip install tensorflow` and `tfds build {name} --file_format=array_record{to}`"
-            "; training itself needs no TensorFlow."
+            f"data.source is 'tfds:{name}', which is not prepared in {data_dir or 'the default folder of TFDS'}; "
+            f"prepare it with `pip install tensorflow` and `tfds build {name} --file_format=array_record{to}` "
+            "(training itself needs no TensorFlow)"
         ) from error
     except ValueError as error:
         raise ValueError(
-            f"data.source is 'tfds:{name}'; write a set as tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:VERSION."
+            f"data.source is 'tfds:{name}'; valid: tfds:NAME, tfds:NAME/CONFIG, tfds:NAME:VERSION"
         ) from error
 
 
 def _find_features(name: str, info: Any) -> tuple[str, str]:
-    """The keys of a set's image and class label."""
+    """Return the keys of a set's image and class label."""
     import tensorflow_datasets as tfds
 
     features = dict(info.features)
@@ -322,14 +328,14 @@ def _find_features(name: str, info: Any) -> tuple[str, str]:
     keys = tuple(info.supervised_keys or (*images[:1], *labels[:1]))
     if len(keys) < 2 or keys[0] not in images or keys[1] not in labels:
         raise ValueError(
-            f"data.source: 'tfds:{name}' is not an image-classification set; it has the features "
-            f"{', '.join(features)}, and an Image with a ClassLabel is needed."
+            f"data.source is 'tfds:{name}', which has the features {', '.join(features)}; valid: a set with an Image "
+            "and a ClassLabel"
         )
     return keys[0], keys[1]
 
 
 def _read_split(builder: Any, split: str, image_key: str) -> Any:
-    """The records of a split, with the image left encoded."""
+    """Open the records of a split; their images stay encoded."""
     import tensorflow_datasets as tfds
 
     if builder.info.splits[split].num_examples == 0:
@@ -339,14 +345,13 @@ def _read_split(builder: Any, split: str, image_key: str) -> Any:
     except NotImplementedError as error:  # prepared in a format without random access
         folder = Path(builder.data_dir)
         raise ValueError(
-            f"data.source: {folder} holds {builder.info.file_format.value} files, which cannot be read at "
-            f"random; convert them with `pip install tensorflow` and `tfds convert_format "
-            f"--dataset_version_dir={folder} --out_file_format=array_record` (training itself needs no "
-            "TensorFlow)."
+            f"data.source: {folder} holds {builder.info.file_format.value} files, which cannot be read at random; "
+            f"convert them with `pip install tensorflow` and `tfds convert_format --dataset_version_dir={folder} "
+            "--out_file_format=array_record` (training itself needs no TensorFlow)"
         ) from error
 
 
-# By what comes before the colon of data.source: (config.data, what comes after it, train | test) -> source.
+# {KIND of data.source "KIND:ARGUMENT": function of (config.data, ARGUMENT, train | test) that opens the source}.
 SOURCES: dict[str, Callable[[Any, str, str], Source]] = {
     "digits": _Digits,
     "tfds": _Tfds,

@@ -1,8 +1,7 @@
 """Resizing, cropping and augmentation of single images: uint8 in, uint8 out.
 
-Every random transform takes its generator as an argument, so that an example's augmentation is a function of
-its place in the run and of nothing else. Normalisation, mixup and cutmix are the training step's, on the
-device.
+Every random transform takes its generator as an argument, so that an example's augmentation depends only on its place
+in the run. The training step does normalisation, mixup and cutmix on the device.
 """
 
 import dataclasses
@@ -19,25 +18,25 @@ INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-_LONG = 8  # aspect from which an image is resized in part; Pillow's boxes are float32, which costs a grey level
+_LONG = 8  # images of a larger aspect are resized in part; Pillow's float32 boxes may change a grey level there
 CROPS = ("inception", "pad", "resize")
 
 
 def resize_and_center_crop(
     image: np.ndarray, size: int, *, crop_share: float, interpolation: str, squash: bool = False
 ) -> np.ndarray:
-    """Resizes the shorter side to size / crop_share pixels, rounded down, and keeps the central size x size.
+    """Resize the shorter side to size / crop_share pixels, rounded down, and keep the central size x size.
 
-    The pixels are those of torchvision's Resize and CenterCrop, with their roundings of the longer side and of the
-    crop's place, and of timm's. An extremely long image costs no more than a square one: only what is kept of it is
-    resized.
+    The pixels are equal to those of timm, and of torchvision's Resize and CenterCrop with their rounding of the longer
+    side and of the crop's place. Of an extremely long image only the central part is resized, so that it costs no more
+    than a square image.
 
     Args:
       image: uint8[H, W, 3].
       size: pixels of the result's sides.
       crop_share: side of the crop over the resized shorter side, in (0, 1].
       interpolation: a name in INTERPOLATIONS; nearest samples, the others filter.
-      squash: resize both sides to size / crop_share instead, whatever the image's aspect, as Keras' load_img.
+      squash: resize both sides to size / crop_share and change the aspect, as Keras' load_img does.
 
     Returns:
       uint8[size, size, 3].
@@ -69,10 +68,11 @@ def crop_inception(
     interpolation: str,
     flip: bool,
 ) -> np.ndarray:
-    """Crops a random rectangle and resizes it to size x size (Szegedy et al. 2015, section 6), then may flip it.
+    """Crop a random rectangle and resize it to size x size (Szegedy et al. 2015, section 6), then perhaps flip it.
 
-    Area is uniform in area_range (share of the image's), width over height log-uniform in aspect_range. After
-    10 rectangles that do not fit, the largest central one of an allowed aspect is taken, as torchvision does.
+    The area, as a share of the image's area, is uniform in area_range. Width over height is log-uniform in
+    aspect_range. After 10 rectangles that do not fit, the largest central rectangle with an allowed aspect is used, as
+    in torchvision.
 
     Args:
       image: uint8[H, W, 3], or an image still encoded.
@@ -80,14 +80,14 @@ def crop_inception(
       size: pixels of the result's sides.
       area_range: smallest and largest share.
       aspect_range: smallest and largest aspect.
-      interpolation: bicubic; with any other name the crop is resized bilinearly.
-      flip: whether left and right are exchanged in half of the draws.
+      interpolation: bicubic; any other name means bilinear.
+      flip: exchange left and right in half of the draws.
 
     Returns:
       uint8[size, size, 3].
 
     Raises:
-      UnreadableImageError: an encoded image turns out to be damaged.
+      UnreadableImageError: an encoded image is damaged.
     """
     box = draw_crop(image.shape[:2], rng, area_range=area_range, aspect_range=aspect_range)
     mirrored = flip and rng.random() < 0.5
@@ -107,7 +107,7 @@ def draw_crop(
     area_range: tuple[float, float],
     aspect_range: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """The rectangle of `crop_inception` in an image of shape (H, W): left, top, width, height in pixels."""
+    """Draw the rectangle of `crop_inception` in an image of shape (H, W): left, top, width, height in pixels."""
     height, width = shape
     for _ in range(10):
         area = height * width * rng.uniform(*area_range)
@@ -121,7 +121,7 @@ def draw_crop(
 
 
 def shift(image: np.ndarray, rng: np.random.Generator, *, pad: int) -> np.ndarray:
-    """Moves uint8[H, W, 3] by up to `pad` pixels each way over black: pad and crop of He et al. 2015, 4.2."""
+    """Move uint8[H, W, 3] by up to `pad` pixels each way over black: the pad and crop of He et al. 2015, 4.2."""
     height, width = image.shape[:2]
     dy, dx = rng.integers(-pad, pad + 1, size=2)
     moved = np.zeros_like(image)
@@ -132,9 +132,9 @@ def shift(image: np.ndarray, rng: np.random.Generator, *, pad: int) -> np.ndarra
 
 
 def jitter_color(image: np.ndarray, rng: np.random.Generator, *, strength: float) -> np.ndarray:
-    """Changes brightness, contrast and saturation of uint8[H, W, 3] in random order.
+    """Change brightness, contrast and saturation of uint8[H, W, 3] in random order.
 
-    Each by its own factor, uniform in [max(0, 1 - strength), 1 + strength], as torchvision's ColorJitter.
+    Each has its own factor, uniform in [max(0, 1 - strength), 1 + strength], as in torchvision's ColorJitter.
     """
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     pixels = Image.fromarray(image)
@@ -144,10 +144,10 @@ def jitter_color(image: np.ndarray, rng: np.random.Generator, *, strength: float
 
 
 def erase(image: np.ndarray, rng: np.random.Generator, *, probability: float) -> np.ndarray:
-    """Overwrites a random rectangle of uint8[H, W, 3] with noise, at times (Zhong et al. 2017).
+    """Overwrite a random rectangle of uint8[H, W, 3] with noise, with a probability (Zhong et al. 2017).
 
-    Area in 0.02..0.33 of the image, aspect log-uniform in 0.3..3.3 as torchvision's RandomErasing, with 10
-    tries; the noise is drawn for each pixel and channel, as timm's mode "pixel".
+    As in torchvision's RandomErasing, the area is 0.02..0.33 of the image, the aspect is log-uniform in 0.3..3.3, and
+    there are 10 tries. The noise is drawn for each pixel and channel, as in timm's mode "pixel".
     """
     if rng.random() >= probability:
         return image
@@ -167,7 +167,7 @@ def erase(image: np.ndarray, rng: np.random.Generator, *, probability: float) ->
 def _move(
     matrix: Callable[[float, int, int], tuple[float, ...]],
 ) -> Callable[[Image.Image, float], Image.Image]:
-    """An operation that moves pixels by matrix(level, width, height), over AutoAugment's grey."""
+    """Make an operation that moves pixels by matrix(level, width, height), over AutoAugment's grey."""
 
     def apply(image: Image.Image, level: float) -> Image.Image:
         data = matrix(level, image.width, image.height)
@@ -178,8 +178,8 @@ def _move(
     return apply
 
 
-# RandAugment's operations as functions of (image, level in -1..1): the list and the ranges of torchvision's
-# RandAugment, which are those of AutoAugment's table 6 (arXiv 1805.09501). Level 1 is magnitude 10.
+# RandAugment's operations as functions of (image, level in -1..1). The list and the ranges are torchvision's; they
+# come from AutoAugment's table 6 (arXiv 1805.09501). Level 1 is magnitude 10.
 OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "identity": lambda image, level: image,
     "shear_x": _move(lambda level, w, h: (1, 0.3 * level, 0, 0, 1, 0)),
@@ -201,14 +201,14 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 def apply_randaugment(
     image: np.ndarray, rng: np.random.Generator, *, layers: int, magnitude: float, probability: float
 ) -> np.ndarray:
-    """RandAugment (Cubuk et al. 2019): `layers` random OPERATIONS in a row.
+    """Apply `layers` random OPERATIONS in a row: RandAugment (Cubuk et al. 2019).
 
     Args:
       image: uint8[H, W, 3].
       rng: the example's generator.
-      layers: operations drawn, uniformly and with replacement.
-      magnitude: 0..10, the same for all; the sign is drawn where an operation has one.
-      probability: of each drawn operation being applied (1 in the paper, 0.5 in timm).
+      layers: the number of operations, drawn uniformly and with replacement.
+      magnitude: 0..10, the same for all operations; the sign is random.
+      probability: of applying each drawn operation (1 in the paper, 0.5 in timm).
 
     Returns:
       uint8[H, W, 3].
@@ -224,7 +224,7 @@ def apply_randaugment(
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """What evaluation does to an image: `resize_and_center_crop`. Fields are keys of config.data."""
+    """The transform of evaluation: `resize_and_center_crop`. Fields are keys of config.data."""
 
     image_size: int
     crop_share: float
@@ -232,7 +232,7 @@ class EvalTransform:
     squash: bool
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """uint8[H, W, 3] to uint8[S, S, 3]."""
+        """Return uint8[S, S, 3] of uint8[H, W, 3]."""
         return resize_and_center_crop(
             image,
             self.image_size,
@@ -244,9 +244,9 @@ class EvalTransform:
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """What training does to an image: `prepare`, the same each time, then `augment`.
+    """The transform of training: `prepare`, which is the same each time, then `augment`.
 
-    Fields are keys of config.data. The two are apart so that a set that fits in memory is prepared once.
+    Fields are keys of config.data. A data set that fits in memory is prepared once.
     """
 
     image_size: int
@@ -265,15 +265,15 @@ class TrainTransform:
     erasing: float
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
-        """uint8[H, W, 3] to uint8[S, S, 3] as evaluation has it; unchanged where the crop is random."""
+        """Return uint8[S, S, 3] of uint8[H, W, 3] as in evaluation; the image itself if the crop is random."""
         if self.crop == "inception":
             return image
         return EvalTransform(self.image_size, self.crop_share, self.interpolation, self.squash)(image)
 
     def augment(self, image: np.ndarray | CroppableJpeg, rng: np.random.Generator) -> np.ndarray:
-        """A prepared image to uint8[S, S, 3]; never writes to its argument.
+        """Return uint8[S, S, 3] of a prepared image, which stays unchanged.
 
-        With crop="inception" the image may still be encoded; UnreadableImageError says that it is damaged.
+        With crop="inception" the image may still be encoded; UnreadableImageError is raised if it is damaged.
         """
         if self.crop == "inception":
             image = crop_inception(
@@ -306,25 +306,25 @@ class TrainTransform:
         return image
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """uint8[H, W, 3] to uint8[S, S, 3]."""
+        """Return uint8[S, S, 3] of uint8[H, W, 3]."""
         return self.augment(self.prepare(image), rng)
 
 
 def make_eval_transform(data_config) -> EvalTransform:
-    """The transform f(image uint8[H, W, 3]) -> uint8[S, S, 3] of evaluation.
+    """Make the transform of evaluation, f(image uint8[H, W, 3]) -> uint8[S, S, 3].
 
     Raises:
-      ValueError: an impossible value of config.data, in one sentence.
+      ValueError: an impossible value of config.data.
     """
     _check(data_config)
     return EvalTransform(**_fields(EvalTransform, data_config))
 
 
 def make_train_transform(data_config) -> TrainTransform:
-    """The transform f(image uint8[H, W, 3], rng) -> uint8[S, S, 3] of training.
+    """Make the transform of training, f(image uint8[H, W, 3], rng) -> uint8[S, S, 3].
 
     Raises:
-      ValueError: an impossible value of config.data, in one sentence.
+      ValueError: an impossible value of config.data.
     """
     _check(data_config)
     return TrainTransform(**_fields(TrainTransform, data_config))
@@ -339,15 +339,15 @@ def _check(data_config) -> None:
     area, aspect = tuple(c.area_range), tuple(c.aspect_range)
     rules = (
         ("image_size", c.image_size >= 1, "a positive number of pixels"),
-        ("crop", c.crop in CROPS, f"one of {', '.join(CROPS)}"),
-        ("interpolation", c.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
+        ("crop", c.crop in CROPS, ", ".join(CROPS)),
+        ("interpolation", c.interpolation in INTERPOLATIONS, ", ".join(INTERPOLATIONS)),
         ("crop_share", 0 < c.crop_share <= 1, "above 0 and at most 1"),
         ("area_range", len(area) == 2 and 0 < area[0] <= area[1] <= 1, "two rising shares above 0, up to 1"),
         ("aspect_range", len(aspect) == 2 and 0 < aspect[0] <= aspect[1], "two rising numbers above 0"),
         (
             "pad",
             c.pad >= 0 and (c.crop != "pad" or c.pad < c.image_size),
-            "at least 0, and with data.crop = 'pad' below data.image_size, pixels",
+            "at least 0 pixels, and below data.image_size with data.crop = 'pad'",
         ),
         ("color_jitter", c.color_jitter >= 0, "at least 0"),
         ("randaugment_layers", c.randaugment_layers >= 0, "at least 0"),
@@ -357,4 +357,4 @@ def _check(data_config) -> None:
     )
     for key, valid, expected in rules:
         if not valid:
-            raise ValueError(f"data.{key} is {c[key]!r}; it must be {expected}.")
+            raise ValueError(f"data.{key} is {c[key]!r}; valid: {expected}")

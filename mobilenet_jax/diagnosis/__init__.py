@@ -1,1 +1,1 @@
-"""Where a trained network loses information: dead filters, saturation, rank, and what int8 would cost."""
+"""Where a trained network loses information: dead filters, saturation, rank, and the cost of int8."""

@@ -1,6 +1,7 @@
-"""What images say, batch by batch at constant memory: dead and saturated units, the rank of bottlenecks, int8 answers.
+"""Measures of activations: dead and saturated units, the rank of bottlenecks, the answers of int8 weights.
 
-Outputs of layers are taken as they pass (linen's method interceptors); the network is the one that predicts.
+Images are measured batch by batch, in constant memory. Linen's method interceptors read the outputs of layers, so that
+the measured network is the one that predicts.
 """
 
 import functools
@@ -21,8 +22,8 @@ from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import Op
 from mobilenet_jax.training.steps import normalise_images
 
-# (floor, ceiling) of an activation's output, where inputs of a whole range have one value: ReLU's 0, ReLU6's 0 and 6,
-# and the 0 that h-swish gives to inputs up to -3. A unit there passes nothing on, and no gradient. GELU has neither.
+# (floor, ceiling): the outputs that an activation gives to a whole range of inputs. These are 0 for ReLU, 0 and 6 for
+# ReLU6, and 0 for h-swish (inputs up to -3). A unit there passes on no information and no gradient. GELU has neither.
 PLATEAUS: dict[str, tuple[float, float]] = {
     "relu": (0.0, math.inf),
     "relu6": (0.0, 6.0),
@@ -32,16 +33,16 @@ Batch = dict[str, np.ndarray]
 
 
 def needed_units(op: Op) -> int | None:
-    """How many outputs of a 1x1 convolution must be off the plateaus for a pixel's input to be recovered, or output.
+    """Return how many outputs of a 1x1 convolution must be off the plateaus to keep all information of a pixel.
 
-    What goes through it has min(C_in, C_out) dimensions; with fewer active units some are lost at that pixel
-    (1801.04381, Lemma 2 in Appendix A). None where the kernel looks at other pixels too.
+    At most min(C_in, C_out) dimensions pass through the convolution. With fewer active units, some of them are lost at
+    that pixel (1801.04381, Lemma 2 in Appendix A). None if the kernel also looks at other pixels.
     """
     return min(op.in_channels, op.filters) if op.kernel == 1 and not op.pooled else None
 
 
 def capture(model: MobileNet, variables: dict, images: jax.Array) -> tuple[jax.Array, dict, dict]:
-    """(logits, {path: activated output [B, H, W, C] of each layer with a plateau}, {block: output}), of images."""
+    """Return (logits, {path: activated output [B, H, W, C] of each layer with a plateau}, {block: output})."""
     ops = {layer.path: layer.op for layer in list_layers(model.spec, variables)}
     outputs, blocks = {}, {}
 
@@ -51,7 +52,7 @@ def capture(model: MobileNet, variables: dict, images: jax.Array) -> tuple[jax.A
         if context.method_name != "__call__":
             return result
         if isinstance(module, ConvNorm | Dense) and path in ops and ops[path].activation in PLATEAUS:
-            # The activation of a hidden dense layer is the network's to apply.
+            # The network applies the activation of a hidden dense layer outside the layer.
             dense = isinstance(module, Dense)
             activated = ACTIVATIONS[ops[path].activation](result)[:, None, None, :] if dense else result
             outputs[path] = activated
@@ -65,10 +66,12 @@ def capture(model: MobileNet, variables: dict, images: jax.Array) -> tuple[jax.A
 
 
 def count_plateaus(output: jax.Array, mask: jax.Array, activation: str, needed: int | None) -> dict[str, jax.Array]:
-    """Sums over the pixels of the images that mask [B] marks, of an activated output [B, H, W, C].
+    """Count the units of an activated output [B, H, W, C] that are on plateaus, in the images that mask [B] marks.
 
-    {"pixels", "floor" [C], "ceiling" [C]: units there}; with `needed`, also {"active": units on no plateau,
-    "fewest": of a pixel, "lost": pixels with fewer than needed}.
+    Returns:
+      {"pixels", "floor": units [C] at the floor, "ceiling": units [C] at the ceiling}; with `needed`, also {"active":
+      units on no plateau, "fewest": the smallest number of active units in a pixel, "lost": pixels with fewer active
+      units than `needed`}.
     """
     floor, ceiling = PLATEAUS[activation]
     shown = mask[:, None, None, None]
@@ -87,7 +90,7 @@ def count_plateaus(output: jax.Array, mask: jax.Array, activation: str, needed: 
 
 
 def sum_moments(output: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(pixels, mean [C], sums of products of deviations from it [C, C]) over the pixels of the images of mask [B]."""
+    """Return (count, mean [C], sums of products of deviations from it [C, C]) of the pixels of images in mask [B]."""
     pixels = output.reshape(-1, output.shape[-1]).astype(jnp.float32)
     shown = jnp.repeat(mask, pixels.shape[0] // mask.shape[0])[:, None]
     count = jnp.sum(shown)
@@ -96,22 +99,30 @@ def sum_moments(output: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Arra
     return count, mean, jnp.matmul(centred.T, centred, precision=lax.Precision.HIGHEST)
 
 
-def make_measure(model: MobileNet, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
-    """A compiled (variables, batch) -> (logits, {path: counts}, {block: moments}) for batches of one shape."""
+@functools.partial(jax.jit, static_argnames=("model", "mean", "std"))
+def measure_batch(
+    variables: dict,
+    images: jax.Array,
+    mask: jax.Array,
+    *,
+    model: MobileNet,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> tuple[jax.Array, dict, dict]:
+    """Return (logits, {path: `count_plateaus`}, {block: `sum_moments`}) of images uint8 [B, S, S, 3] and a mask [B]."""
+    logits, outputs, blocks = capture(model, variables, normalise_images(images, mean, std))
+    ops = {layer.path: layer.op for layer in list_layers(model.spec, variables)}
+    counts = {p: count_plateaus(y, mask, ops[p].activation, needed_units(ops[p])) for p, y in outputs.items()}
+    return logits, counts, {name: sum_moments(x, mask) for name, x in blocks.items()}
 
-    @jax.jit
-    def measure(variables: dict, batch: dict[str, jax.Array]):
-        mask = batch["mask"]
-        logits, outputs, blocks = capture(model, variables, normalise_images(batch["images"], mean, std))
-        ops = {layer.path: layer.op for layer in list_layers(model.spec, variables)}
-        counts = {p: count_plateaus(y, mask, ops[p].activation, needed_units(ops[p])) for p, y in outputs.items()}
-        return logits, counts, {name: sum_moments(x, mask) for name, x in blocks.items()}
 
-    return measure
+@functools.partial(jax.jit, static_argnames=("model", "mean", "std"))
+def _answer(variables: dict, images: jax.Array, *, model: MobileNet, mean: tuple, std: tuple) -> Any:
+    return model.apply(variables, normalise_images(images, mean, std), train=False)
 
 
 class Tally:
-    """What batches add up to, on the host."""
+    """The sums over all batches, on the host."""
 
     def __init__(self):
         self.images = 0
@@ -120,7 +131,7 @@ class Tally:
         self.answers: dict[str, list[float]] = {}  # kind of quantisation -> [same best class, sum of KL]
 
     def add(self, mask: np.ndarray, logits: np.ndarray, others: dict[str, np.ndarray], counts: dict, moments: dict):
-        """A batch: its mask [B], logits [B, K], quantised networks' logits, and what `make_measure` returns."""
+        """Add a batch: its mask [B], the results of `measure_batch`, and the logits [B, K] of quantised networks."""
         self.images += int(mask.sum())
         for path, found in counts.items():
             total = self.counts.setdefault(path, {})
@@ -138,7 +149,7 @@ class Tally:
             total[0], total[1] = total[0] + same, total[1] + divergence
 
     def summarise(self, ops: dict[str, Op]) -> tuple[dict, list[dict], dict | None]:
-        """({path: a layer's "activations"}, bottlenecks, quantisation) of the report, as `report.py` documents them."""
+        """Return ({path: a layer's "activations"}, bottlenecks, quantisation) of the report; see `report.py`."""
         layers = {path: _summarise_counts(found, ops[path]) for path, found in self.counts.items()}
         bottlenecks = [
             {"row": name, "channels": len(found.mean), **measure_rank(found.variances())}
@@ -181,26 +192,26 @@ def measure_activations(
     quantised: dict[str, dict],
     report: Callable[[int], object] = lambda images: None,
 ) -> Tally:
-    """The tally of all batches {"images" uint8 [B, S, S, 3], "mask" [B]}, one shape, in order.
+    """Measure batches {"images" uint8 [B, S, S, 3], "mask" [B]} of one shape.
 
     Args:
-      model: the network; the same for `quantised`, {kind: variables} whose answers are compared with its own.
-      mean, std: of the preprocessing, in grey levels.
-      report: called with the images so far.
+      model: the network.
+      variables: its variables.
+      batches: the images, as the network expects them before they are normalised.
+      mean: grey levels, subtracted from the images.
+      std: grey levels, by which the images are divided.
+      quantised: {kind: rounded variables}; the network's answers with them are compared with its own.
+      report: a function that is called with the number of images so far.
     """
-    measure = make_measure(model, mean=mean, std=std)
-    answer = jax.jit(functools.partial(_answer, model=model, mean=mean, std=std))
+    options: dict[str, Any] = {"model": model, "mean": tuple(mean), "std": tuple(std)}
+    if model.spec.num_classes == 0:
+        quantised = {}  # a vector of features has no best class to compare
     variables, quantised, tally = jax.device_put(variables), jax.device_put(quantised), Tally()
     for batch in batches:
-        given = {key: batch[key] for key in ("images", "mask")}
-        running = measure(variables, given), {kind: answer(v, given["images"]) for kind, v in quantised.items()}
-        (logits, counts, moments), others = jax.device_get(running)
-        if model.spec.num_classes == 0:
-            others = {}  # a vector of features has no best class
-        tally.add(given["mask"], logits, others, counts, moments)
+        images, mask = batch["images"], batch["mask"]
+        measured = measure_batch(variables, images, mask, **options)
+        answers = {kind: _answer(rounded, images, **options) for kind, rounded in quantised.items()}
+        (logits, counts, moments), others = jax.device_get((measured, answers))
+        tally.add(mask, logits, others, counts, moments)
         report(tally.images)
     return tally
-
-
-def _answer(variables: dict, images: jax.Array, *, model: MobileNet, mean: tuple, std: tuple) -> Any:
-    return model.apply(variables, normalise_images(images, mean, std), train=False)

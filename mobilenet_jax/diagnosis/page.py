@@ -1,4 +1,4 @@
-"""One page of a diagnosis: the first depthwise filters, and the report's numbers layer by layer, as a PNG."""
+"""The page of a diagnosis: the first depthwise filters beside the report's numbers for each layer."""
 
 import os
 import textwrap
@@ -9,20 +9,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FormatStrFormatter, PercentFormatter
+from matplotlib.ticker import FormatStrFormatter
 
 from mobilenet_jax.models.folded import Layer
+from mobilenet_jax.plots import COLORS, save, style_axes
 from mobilenet_jax.training.dead_filters import relative_norms
 
-_LAYERS, _COLUMNS = 4, 16  # depthwise layers whose filters are drawn; filters a row of them
-_MAX_FILTERS = 144  # of a layer
-_FLOOR = 1e-5  # of the norms that are drawn
-# Okabe and Ito's colours, told apart by colour-blind readers.
-_BLUE, _RED, _GREY, _GREEN = "#0072B2", "#D55E00", "#BBBBBB", "#009E73"
+_LAYERS = 4  # the filters of the first 4 depthwise layers are drawn
+_COLUMNS = 16  # filters in a row
+_MAX_FILTERS = 144  # drawn of one layer
+_FLOOR = 1e-5  # smaller norms are drawn at this height
+_BLUE, _RED, _GREEN, *_ = COLORS
+_GREY = "#BBBBBB"  # lighter than the palette's: the other colours are drawn over it
 
 
 def draw_page(report: dict, layers: Sequence[Layer], path: str | os.PathLike) -> None:
-    """Draws a report of `make_report` and the filters of its `layers`: a PNG of 1920 x 1488 pixels."""
+    """Draw a report of `make_report` and the filters of its `layers` as a PNG of 1920 x 1488 pixels."""
     figure = Figure(figsize=(16, 12.4), dpi=120, layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(1, 3.9))
     head, body = parts
@@ -31,22 +33,24 @@ def draw_page(report: dict, layers: Sequence[Layer], path: str | os.PathLike) ->
     _draw_filters(left, report, [layer for layer in layers if layer.kind == "depthwise"][:_LAYERS])
     panels = [draw for draw, shown in _PANELS if shown(report)]
     for axes, draw in zip(np.atleast_1d(right.subplots(len(panels), 1)), panels, strict=True):
+        style_axes(axes)
         draw(axes, report, layers)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(visible=False, axis="x")  # each layer has a tick: the lines would hide the data
         axes.margins(x=0.01)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def _write_findings(figure: SubFigure, report: dict) -> None:
     weights, images = report["weights"], report["images"]
     seen = f"{images['count']:,} images of {images['source']}" if images else "weights alone"
-    figure.suptitle(f"{weights['name']} ({weights['source']['file']}): {seen}", fontsize=14, x=0.01, ha="left")
+    title = textwrap.shorten(f"{weights['name']} ({weights['source']['file']}): {seen}", 150, placeholder=" ...")
+    figure.suptitle(title, fontsize=14, x=0.01, ha="left")
     text = "\n".join(textwrap.fill(f"• {s}", 200, subsequent_indent="   ") for s in report["findings"])
     figure.text(0.01, 0.85, text, va="top", fontsize=10, linespacing=1.3)
 
 
 def _draw_filters(figure: SubFigure, report: dict, layers: Sequence[Layer]) -> None:
-    """The filters of each layer as a grid, each by its own largest weight; dead ones in a red frame."""
+    """Draw the filters of each layer as a grid, with a red frame around dead filters."""
     entries = {entry["path"]: entry for entry in report["layers"]}
     heights = [-(-min(layer.op.filters, _MAX_FILTERS) // _COLUMNS) for layer in layers]
     panels = np.atleast_1d(figure.subplots(len(layers), 1, height_ratios=[height + 0.8 for height in heights]))
@@ -67,7 +71,10 @@ def _draw_filters(figure: SubFigure, report: dict, layers: Sequence[Layer]) -> N
 
 
 def tile_filters(filters: np.ndarray, *, columns: int) -> np.ndarray:
-    """[k, k, C] to one picture of `columns` filters a row, each over its largest magnitude; NaN between and behind."""
+    """Tile filters [k, k, C] into one picture with `columns` filters in a row.
+
+    Each filter is divided by its largest magnitude. Gaps, and places after the last filter, are NaN.
+    """
     side, count = filters.shape[0] + 1, filters.shape[-1]
     rows = -(-count // columns)
     grid = np.full((rows * side + 1, columns * side + 1), np.nan)
@@ -85,6 +92,11 @@ def _label(axes: Axes, names: Sequence[str], title: str) -> None:
     axes.set_title(title, fontsize=10, loc="left")
 
 
+def _add_legend(axes: Axes) -> None:
+    """Add a legend on one line above the right end of the panel."""
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 0.98))
+
+
 def _draw_plateaus(axes: Axes, report: dict, layers: Sequence[Layer]) -> None:
     entries = [entry for entry in report["layers"] if entry["activations"]]
     floor = np.array([entry["activations"]["floor_share"] for entry in entries])
@@ -97,13 +109,13 @@ def _draw_plateaus(axes: Axes, report: dict, layers: Sequence[Layer]) -> None:
     shown = [(i, share) for i, share in enumerate(lost) if share is not None]
     axes.plot(*zip(*shown, strict=True), "D", color=_BLUE, markersize=3.5, label="pixels not recoverable")
     axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    style_axes(axes, percent="y")
     _label(axes, [entry["path"] for entry in entries], "Activations")
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 0.98))
+    _add_legend(axes)
 
 
 def _draw_norms(axes: Axes, report: dict, layers: Sequence[Layer]) -> None:
-    """A dot a depthwise filter; those below the axis stand at its foot."""
+    """Draw a dot for each depthwise filter; norms below _FLOOR are drawn at _FLOOR."""
     entries = {entry["path"]: entry for entry in report["layers"]}
     layers = [layer for layer in layers if layer.kind == "depthwise"]
     for place, layer in enumerate(layers):
@@ -118,8 +130,8 @@ def _draw_norms(axes: Axes, report: dict, layers: Sequence[Layer]) -> None:
     axes.axhline(report["dead_below"], color=_RED, linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
     axes.set_ylim(bottom=_FLOOR / 10)
-    title = "Depthwise filters' norms over a usual one of the layer"
-    _label(axes, [layer.path for layer in layers], f"{title}; at the foot: dead (red), variances below epsilon (black)")
+    title = "Norms of depthwise filters over the layer's usual norm; at the foot: dead (red), variances below epsilon"
+    _label(axes, [layer.path for layer in layers], f"{title} (black)")
 
 
 def _draw_ranks(axes: Axes, report: dict, layers: Sequence[Layer]) -> None:
@@ -129,30 +141,31 @@ def _draw_ranks(axes: Axes, report: dict, layers: Sequence[Layer]) -> None:
     axes.bar(places, [row["effective_rank"] for row in rows], 0.5, color=_BLUE, label="effective rank")
     ratios = [row["participation_ratio"] for row in rows]
     axes.plot(places, ratios, "_", color="black", markersize=12, label="participation ratio")
-    _label(axes, [row["row"] for row in rows], "Dimensions in use behind each block")
+    _label(axes, [row["row"] for row in rows], "Dimensions in use after each block")
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.set_ylim(bottom=1)
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 0.98))
+    _add_legend(axes)
 
 
 def _draw_int8(axes: Axes, report: dict, layers: Sequence[Layer]) -> None:
     entries = report["layers"]
     places = np.arange(len(entries))
-    for kind, label, color in (("per_channel", "a scale a channel", _GREEN), ("per_tensor", "one scale", _RED)):
+    kinds = (("per_channel", "one scale per channel", _GREEN), ("per_tensor", "one scale per layer", _RED))
+    for kind, label, color in kinds:
         values = [entry["int8"]["channel_sqnr_db"][kind] for entry in entries]
         axes.bar(places, values, 0.8 if kind == "per_channel" else 0.5, color=color, label=label)
-    axes.set_ylabel("dB")
     axes.set_ylim(0, 60)
-    _label(axes, [entry["path"] for entry in entries], "int8 weights: signal over rounding, mean over channels")
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.98))
+    style_axes(axes, y_label="dB")
+    _label(axes, [entry["path"] for entry in entries], "int8 weights: signal over rounding error, mean over channels")
+    _add_legend(axes)
 
 
 def _draw_gradient_norms(axes: Axes, report: dict, layers: Sequence[Layer]) -> None:
     norms = report["grad_norm"]
     axes.plot(norms["steps"], norms["norms"], color=_BLUE, linewidth=1)
     axes.set_yscale("log")
-    axes.set_xlabel("step")
+    style_axes(axes, x_label="step")
     axes.set_title("Gradient norm before clipping", fontsize=10, loc="left")
 
 

@@ -1,28 +1,32 @@
-"""The report of a diagnosis: plain data, findings in words, a table.
+"""The report of a diagnosis: plain data, findings in words, and a table.
 
 The report is JSON of schema 1:
 
-    schema         1; keys may be added, none changes its meaning
+    schema         1; keys may be added, but none changes its meaning
     weights        {"name", "model", "width", "convention", "source": {"file", "sha256"}} of the card
-    images         {"source", "count"}, or null: weights alone
-    dead_below     a filter below this share of a usual one of its layer is called dead
-    findings       sentences, what is worst in each part
-    layers         in running order, one object each:
+    images         {"source", "count"}, or null if only the weights were measured
+    dead_below     a filter is called dead if its norm over the layer's usual norm is below this
+    findings       sentences that name the worst layers
+    layers         one object for each layer, in the order in which they run:
       path, kind, activation, channels      kind: depthwise, pointwise, full, dense
       dead_filters   [{"channel", "relative_norm", "cause": "kernel" | "scale" | "both"}]
       norm           {"epsilon", "smallest_variance", "below_epsilon": channels, "smallest_shrink"}, or null
-      int8           {"range_ratio", "sqnr_db": {"per_tensor", "per_channel"}, "channel_sqnr_db": the same two,
+      int8           {"range_ratio", "sqnr_db": {"per_tensor", "per_channel"}, "channel_sqnr_db": the same two keys,
                      "lost_channels": channels}, of weights with the batch norm folded in
-      kernel_rank    {"effective_rank", "participation_ratio"} of pointwise and dense kernels, else null
-      activations    null without images, and where the activation has no plateau; else {"floor_share": of outputs at 0,
-                     "ceiling_share": at 6, null where there is no ceiling, "dead_channels": at 0 in every pixel,
-                     "saturated_channels": at 6 in every pixel, "active_units": null but for 1x1 convolutions, else
-                     {"needed", "mean", "fewest": of a pixel, "lost_pixels": share of them with fewer than needed}}
-    bottlenecks    null, or [{"row", "channels", "effective_rank", "participation_ratio"}]: of the covariance of the
-                   blocks' outputs over all pixels
-    quantisation   null, or {"per_tensor", "per_channel"}: {"agreement": share of images with the same best class as the
-                   float network, "kl": mean KL divergence from its answer, nats}; weights alone are rounded
-    grad_norm      null, or {"steps", "norms", "median", "largest", "largest_step", "last"}, as the run logged them
+      kernel_rank    {"effective_rank", "participation_ratio"} of pointwise and dense kernels, otherwise null
+      activations    null without images, or if the activation has no plateau; otherwise
+                     {"floor_share": share of outputs at 0,
+                     "ceiling_share": share of outputs at 6, null if the activation has no ceiling,
+                     "dead_channels": channels that are 0 in every pixel,
+                     "saturated_channels": channels that are 6 in every pixel,
+                     "active_units": null except for 1x1 convolutions, then {"needed", "mean",
+                     "fewest": the smallest number in a pixel, "lost_pixels": share of pixels with fewer than needed}}
+    bottlenecks    null, or [{"row", "channels", "effective_rank", "participation_ratio"}] of the covariance of each
+                   block's outputs over all pixels
+    quantisation   null, or {"per_tensor", "per_channel"}: {"agreement": share of images that the float network and the
+                   network of int8 weights put into the same class, "kl": mean KL divergence between their answers, in
+                   nats}; activations are not quantised
+    grad_norm      null, or {"steps", "norms", "median", "largest", "largest_step", "last"} from the log of the run
 """
 
 from collections.abc import Callable, Sequence
@@ -38,9 +42,13 @@ SCHEMA = 1
 
 
 def make_report(weights: tuple, *, tally: Tally | None = None, images: str = "", metrics: Sequence[dict] = ()) -> dict:
-    """The report on (model, variables, card) of `load_weights`.
+    """Make the report.
 
-    `tally` is that of `measure_activations`, `images` what these were; `metrics` the lines of a run's metrics.jsonl.
+    Args:
+      weights: (model, variables, card) of `load_weights`.
+      tally: the result of `measure_activations`; without it the report is on the weights alone.
+      images: the name of the measured images.
+      metrics: lines of metrics.jsonl, if the weights are from a run.
     """
     model, variables, card = weights
     spec: Spec = model.spec
@@ -59,15 +67,20 @@ def make_report(weights: tuple, *, tally: Tally | None = None, images: str = "",
         "quantisation": quantisation,
         "grad_norm": summarise_gradient_norms(list(metrics)),
     }
-    report["findings"] = [sentence for find in _FINDINGS if (sentence := find(report))]
+    report["findings"] = list_findings(report)
     return report
 
 
-# Findings: each says one thing of a report, or nothing where there is nothing to say it of.
+def list_findings(report: dict) -> list[str]:
+    """Return one sentence on each subject of a report, without the subjects on which it has nothing."""
+    return [sentence for find in _FINDINGS if (sentence := find(report))]
+
+
+# Findings: each function returns one sentence on the report, or "" if the report has nothing on its subject.
 
 
 def _list_worst(layers: list[dict], count: Callable[[dict], int], limit: int = 3) -> str:
-    """ "block_01/depthwise 4 of 96, ..." of the layers with the largest share."""
+    """Name the layers with the largest share of counted channels: "block_01/depthwise 4 of 96, ..."."""
     worst = sorted((layer for layer in layers if count(layer)), key=lambda layer: -count(layer) / layer["channels"])
     shown = [f"{layer['path']} {count(layer)} of {layer['channels']}" for layer in worst[:limit]]
     return ", ".join(shown) + (f", and {len(worst) - limit} more layers" if len(worst) > limit else "")
@@ -78,10 +91,10 @@ def _find_dead_filters(report: dict) -> str:
     count = lambda layer: len(layer["dead_filters"])  # noqa: E731
     dead, filters = sum(map(count, layers)), sum(layer["channels"] for layer in layers)
     if not dead:
-        return f"No depthwise filter is dead: each of the {filters:,} has over {DEAD:.0%} of a usual one of its layer."
+        return f"No depthwise filter is dead: each of the {filters:,} has over {DEAD:.0%} of its layer's usual norm."
     causes = [found["cause"] for layer in layers for found in layer["dead_filters"]]
     return (
-        f"{dead:,} of {filters:,} depthwise filters are dead, below {DEAD:.0%} of a usual one of their layer "
+        f"{dead:,} of {filters:,} depthwise filters are dead, below {DEAD:.0%} of their layer's usual norm "
         f"({causes.count('kernel')} by their weights, {causes.count('scale')} by the batch norm's scale, "
         f"{causes.count('both')} by both): {_list_worst(layers, count)}."
     )
@@ -102,9 +115,9 @@ def _find_small_variances(report: dict) -> str:
         return f"No batch-norm variance is below epsilon ({epsilon:g})."
     least = min(layers, key=lambda layer: layer["norm"]["smallest_variance"])
     return (
-        f"{small:,} batch-norm variances are below epsilon ({epsilon:g}), which decides these channels' scale: "
-        f"{_list_worst(layers, count)}. The smallest is {least['norm']['smallest_variance']:.1e} in {least['path']}, "
-        f"whose channel comes out at {least['norm']['smallest_shrink']:.2g} of its scale."
+        f"{small:,} batch-norm variances are below epsilon ({epsilon:g}), so that epsilon sets these channels' scale: "
+        f"{_list_worst(layers, count)}. The smallest is {least['norm']['smallest_variance']:.1e} in {least['path']}; "
+        f"that channel keeps {least['norm']['smallest_shrink']:.2g} of its scale."
     )
 
 
@@ -141,7 +154,9 @@ def _find_lost_pixels(report: dict) -> str:
     lost = lambda layer: layer["activations"]["active_units"]["lost_pixels"]  # noqa: E731
     worst = sorted(filter(lost, layers), key=lost, reverse=True)
     if not worst:
-        return "Every pixel keeps as many active units behind its 1x1 convolutions as there are dimensions to keep."
+        return (
+            "Every pixel has at least as many active units after each 1x1 convolution as there are dimensions to keep."
+        )
     shown = ", ".join(f"{layer['path']} at {100 * lost(layer):.3g}% of the pixels" for layer in worst[:3])
     more = f", and {len(worst) - 3} more layers" if len(worst) > 3 else ""
     return f"Fewer active units than dimensions, so that the input cannot be recovered: {shown}{more}."
@@ -152,7 +167,7 @@ def _find_low_rank(report: dict) -> str:
         return ""
     worst = sorted(report["bottlenecks"], key=lambda found: found["effective_rank"] / found["channels"])[:3]
     shown = ", ".join(f"{found['row']} {found['effective_rank']:.1f} of {found['channels']}" for found in worst)
-    return f"Dimensions in use behind a block (effective rank of the activations), least: {shown}."
+    return f"Blocks whose outputs use the fewest dimensions (effective rank): {shown}."
 
 
 def _find_int8_risk(report: dict) -> str:
@@ -160,16 +175,16 @@ def _find_int8_risk(report: dict) -> str:
     decibels = lambda layer: layer["int8"]["channel_sqnr_db"]  # noqa: E731
     worst = sorted(layers, key=lambda layer: decibels(layer)["per_tensor"])[:3]
     shown = ", ".join(
-        f"{layer['path']} {decibels(layer)['per_tensor']:.0f} dB (a scale a channel: "
+        f"{layer['path']} {decibels(layer)['per_tensor']:.0f} dB (one scale per channel: "
         f"{decibels(layer)['per_channel']:.0f})"
         for layer in worst
     )
     lost = sum(len(layer["int8"]["lost_channels"]) for layer in report["layers"])
-    text = f"int8 weights with one scale a layer, worst: {shown}; {lost:,} living channels round to nothing."
+    text = f"int8 weights with one scale per layer, worst: {shown}; {lost:,} living channels round to 0."
     if answers := report["quantisation"]:
-        for kind, start in (("per_tensor", " Of the images"), ("per_channel", "; with a scale a channel")):
+        for kind, start in (("per_tensor", " With one scale per layer"), ("per_channel", "; with one per channel")):
             found = answers[kind]
-            text += f"{start} {found['agreement']:.1%} keep their class (KL {found['kl']:.2g} nats)"
+            text += f"{start} {found['agreement']:.1%} of the images keep their class (KL {found['kl']:.2g} nats)"
         text += "."
     return text
 
@@ -198,7 +213,7 @@ _FINDINGS = (
 
 
 def format_text(report: dict) -> str:
-    """Findings, then a line a layer; a dash where there is nothing to measure."""
+    """Format the findings, then a table with one line per layer; a dash means that there is nothing to measure."""
     weights, images = report["weights"], report["images"]
     seen = f"{images['count']:,} images of {images['source']}" if images else "weights alone (no images given)"
     lines = [f"{weights['name']}, {weights['source']['file']}: {seen}", ""]
@@ -218,8 +233,8 @@ def format_text(report: dict) -> str:
 _LEGEND = """\
 dead: filters; var<eps: batch-norm variances below epsilon; at 0, at 6: shares of the outputs; always 0: channels;
 lost px: pixels with fewer active units than dimensions; rank: effective rank of the block's output, in the row of its
-last layer; int8 dB: weights' SQNR, mean over channels, with one scale / a scale a channel; lost: channels rounded to
-0"""
+last layer; int8 dB: weights' SQNR, mean over channels, with one scale per layer / per channel; lost: channels that
+round to 0"""
 
 
 def _format_row(layer: dict, ranks: dict[str, dict]) -> tuple[str, ...]:

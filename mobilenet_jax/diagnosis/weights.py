@@ -1,4 +1,4 @@
-"""What weights alone say, layer by layer: dead filters, variances near 0, the cost of int8, the rank of kernels."""
+"""Measures of weights alone, layer by layer: dead filters, variances near 0, the cost of int8, the rank of kernels."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from mobilenet_jax.training.dead_filters import DEAD, relative_norms
 
 
 def measure_layer(layer: Layer, epsilon: float) -> dict:
-    """A layer's entry of the report without its activations, as `report.py` documents it."""
+    """Return a layer's entry of the report, without its activations; `report.py` describes the keys."""
     folded = layer.kernel * layer.factor
     return {
         "path": layer.path,
@@ -27,10 +27,11 @@ def measure_layer(layer: Layer, epsilon: float) -> dict:
 
 
 def find_dead_filters(layer: Layer) -> list[dict]:
-    """Filters below DEAD of a usual one of the layer, batch norm folded in (see `relative_norms`).
+    """List the filters whose norm, with the batch norm folded in, is below DEAD (see `relative_norms`).
 
-    {"channel", "relative_norm", "cause"}: "kernel" where its weights alone are that small, "scale" where the batch
-    norm's scale is, "both" of them together or each.
+    Returns:
+      [{"channel", "relative_norm", "cause"}]. The cause is "kernel" if only the weights are below DEAD by themselves,
+      "scale" if only the batch norm's scale is, and "both" if each is or only their product is.
     """
     relative = relative_norms(layer.kernel, layer.factor)
     by_kernel = relative_norms(layer.kernel, np.ones(layer.op.filters)) < DEAD
@@ -47,7 +48,7 @@ def find_dead_filters(layer: Layer) -> list[dict]:
 
 
 def _measure_norm(variance: np.ndarray, epsilon: float) -> dict:
-    """Below epsilon it is epsilon, not the variance, that decides a channel's scale."""
+    # Where a variance is below epsilon, epsilon decides the channel's scale.
     return {
         "epsilon": epsilon,
         "smallest_variance": float(variance.min()),
@@ -57,17 +58,17 @@ def _measure_norm(variance: np.ndarray, epsilon: float) -> dict:
 
 
 def kernel_variances(kernel: np.ndarray) -> np.ndarray:
-    """Squared singular values of a kernel [..., C_in, C_out] as a matrix to its outputs."""
+    """Return the squared singular values of a kernel [..., C_out] as a matrix [-1, C_out]."""
     return np.linalg.svd(kernel.reshape(-1, kernel.shape[-1]), compute_uv=False) ** 2
 
 
 def quantise_variables(spec: Spec, variables: dict, *, per_channel: bool) -> dict:
-    """The variables with every kernel as int8 would have it: folded with its batch norm, rounded, and unfolded."""
+    """Return the variables with every kernel folded with its batch norm, rounded to int8, and unfolded again."""
     leaves: dict[str, Any] = dict(traverse_util.flatten_dict(variables, sep="/"))
     for layer in list_layers(spec, variables):
         rounded = quantise(layer.kernel * layer.factor, per_channel=per_channel)
         name = f"params/{layer.path}/{'kernel' if layer.op.bias else 'conv/kernel'}"
-        # Where the factor is 0 nothing comes through, whatever the weights are.
+        # Where the factor is 0 the output does not depend on the weights.
         usable = layer.factor != 0
         leaves[name] = np.where(usable, rounded / np.where(usable, layer.factor, 1), layer.kernel).astype(np.float32)
     return traverse_util.unflatten_dict(leaves, sep="/")

@@ -8,7 +8,7 @@ from benchmarks.speed.charts import draw_all, format_table, list_resolutions
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were saved, to look at what they hold."""
+    """The figures that a test saves."""
     saved = []
     save = Figure.savefig
 
@@ -41,7 +41,7 @@ STARTUP = {"group": "startup", "what": "startup", "name": "mobilenet_v2", "sides
 RATIOS = {"torch": {"median": 0.75, "min": 0.5, "max": 1.5}, "keras": {"median": 12.0, "min": 11.0, "max": 14.0}}
 
 
-def test_bars_are_medians_and_their_lines_the_range(tmp_path, figures):
+def test_bars_show_medians_and_lines_show_the_range(tmp_path, figures):
     results = [STARTUP, make_result(ratios=RATIOS), make_result("scaling", ratios=RATIOS)]
     assert draw_all(results, tmp_path) == [tmp_path / "ratios.png"]
     axes = figures[0].axes[0]
@@ -54,7 +54,7 @@ def test_bars_are_medians_and_their_lines_the_range(tmp_path, figures):
         assert (image.format, image.width) == ("PNG", 1080)
 
 
-def test_curve_is_cost_against_resolution_beside_what_multiply_adds_predict(tmp_path, figures):
+def test_curve_is_cost_against_resolution_beside_the_prediction_by_multiply_adds(tmp_path, figures):
     results = [make_result("scaling", resolution=size, rate=rate) for size, rate in ((224, 10), (112, 20), (56, 50))]
     assert draw_all(results, tmp_path) == [tmp_path / "resolution.png"]
     measured, predicted = figures[0].axes[0].get_lines()
@@ -63,7 +63,7 @@ def test_curve_is_cost_against_resolution_beside_what_multiply_adds_predict(tmp_
     np.testing.assert_allclose(predicted.get_xydata(), [[56, 100 / 16], [112, 25], [224, 100]])
 
 
-def test_points_that_differ_in_something_else_are_on_no_curve():
+def test_points_that_differ_in_another_key_are_on_no_curve():
     base = make_result("scaling")
     others = [make_result("scaling", resolution=128, **{key: 4}) for key in ("width", "batch_size", "devices")]
     assert list_resolutions([base, *others]) == {}

@@ -12,7 +12,7 @@ def read(folder: Path) -> list[bytes]:
     return [file.read_bytes() for file in sorted((folder / "train" / "photographs").iterdir())]
 
 
-def test_folder_holds_different_jpegs_of_the_size_and_quality_told(tmp_path):
+def test_folder_has_different_jpegs_of_the_documented_size_and_quality(tmp_path):
     about = write_photographs(tmp_path / "a", 6)
     files = read(tmp_path / "a")
     assert len(set(files)) == about["count"] == 6
@@ -31,7 +31,7 @@ def test_same_photographs_every_time(tmp_path):
     assert read(tmp_path / "a") == read(tmp_path / "b")
 
 
-def test_photographs_of_installed_packages_are_taken(monkeypatch):
+def test_photographs_of_installed_packages_are_used(monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "sklearn")
     sources = load_sources()
@@ -39,7 +39,7 @@ def test_photographs_of_installed_packages_are_taken(monkeypatch):
     assert {image.size for image in sources.values()} == {(640, 427)}
 
 
-def test_noise_stands_in_where_no_package_has_any(monkeypatch):
+def test_noise_is_used_if_no_package_has_photographs(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert [(name, image.size) for name, image in load_sources().items()] == [("synthetic", (640, 480))]
 

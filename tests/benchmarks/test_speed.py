@@ -1,4 +1,4 @@
-"""The command as a whole; its parts are tested in tests/benchmark."""
+"""The command as a whole; its parts have tests of their own in this folder."""
 
 import json
 import sys
@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.speed import __main__ as benchmark
-from benchmarks.speed.__main__ import AUGMENTATIONS, SCALING, Case, format_result, main, make_cases, parse
+from benchmarks.speed import run as speed
+from benchmarks.speed.__main__ import main, parse
+from benchmarks.speed.cases import AUGMENTATIONS, SCALING, Case, make_cases
+from benchmarks.speed.run import format_result, run_case
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.zoo import make_spec
 
@@ -39,7 +41,7 @@ def test_training_beside_a_peer_that_is_not_installed(capsys, tmp_path):
     ours = result["sides"]["ours"]
     assert ours["images_per_second"] == pytest.approx(2 / ours["seconds"][0])
     assert ours["about"]["compile_seconds"] > 0
-    # More than the activations kept for the backward pass would be a wasteful step, less is not possible by half.
+    # A step cannot need less than half of the activations that its backward pass reads.
     assert ours["about"]["temporary_bytes_per_image"] > result["activation_bytes"] / 2
     assert (result["ratios"], result["failed"]) == ({}, {})
 
@@ -67,7 +69,7 @@ def test_input_is_the_loader_and_every_augmentation(capsys, tmp_path):
 
 
 def test_side_that_failed_is_named_and_the_exit_code_is_1(capsys):
-    # A dtype that only our layers know to be none: the network is refused in the worker.
+    # Only our layers check the dtype, so the worker refuses the network.
     done = run(capsys, *TINY, "--what=memory", "--against=", '--options={"dtype": "float8"}')
     assert done.code == 1
     last = done.out.splitlines()[-1]
@@ -111,10 +113,10 @@ def test_each_case_goes_to_the_sides_that_have_it(monkeypatch, devices, what, ex
         asked.update(options, sides=sides, case=case)
         return {"sides": {}, "ratios": {}, "absent": {}, "failed": {}}
 
-    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(speed, "measure", measure)
     case = Case(group=what, what=what, name="mobilenet_v2", resolution=64, batch_size=4, devices=devices)
     args = parse(["--rounds=3", f"--python_keras={sys.executable}"])
-    result = benchmark.run_case(case, args, "/images")
+    result = run_case(case, args, "/images")
     assert asked["sides"] == expected
     assert asked["pythons"] == {"keras": sys.executable}
     assert asked["rounds"] == (0 if what == "memory" else 3)
@@ -139,11 +141,11 @@ def test_startup_line_has_medians_and_the_range():
         ("--models=mobilenet_v5", "'mobilenet_v5'; valid: mobilenet_v1, "),
         ("--against=jax", "'jax'; valid: flax, keras, torch, litert, tfdata"),
         ("--resolution=big", "invalid comma-separated int value: 'big'"),
-        ("--rounds=0", "rounds, threads, photographs, widths, resolutions and batch sizes are above 0"),
+        ("--rounds=0", "rounds, threads, photographs, widths, resolutions and batch sizes must be above 0"),
         ("--python_torch=/no/such/python", "/no/such/python is not a file"),
-        ('--options={"lowering": "plain"}', "valid: a JSON object of create_model's options but lowering"),
+        ('--options={"lowering": "plain"}', "valid: a JSON object of create_model's options except lowering"),
         ("--options=[1]", "'[1]'; valid: a JSON object of create_model's options"),
-        ("--options=bfloat16", "'bfloat16' is no JSON; valid: "),
+        ("--options=bfloat16", "'bfloat16' is not JSON; valid: "),
         ("--json=no/such/folder/numbers.json", "--json: no/such/folder is not a folder"),
         ("--python_flax=python", "unrecognized arguments"),
     ],

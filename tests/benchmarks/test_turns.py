@@ -1,4 +1,3 @@
-import json
 import os
 import sys
 import textwrap
@@ -16,7 +15,7 @@ CASE = {"what": "train", "threads": 1}
 
 @pytest.fixture
 def script(tmp_path):
-    """Writes a worker whose `load(case)` has the given body; returns the command that runs it."""
+    """Write a worker whose `load(case)` has the given body; return the command that runs it."""
 
     def write(body: str, name: str = "worker") -> list[str]:
         text = f"import sys\nsys.path.insert(0, {str(WORKERS)!r})\nimport os, protocol\ndef load(case):\n"
@@ -39,7 +38,7 @@ def test_worker_loads_the_case_and_runs_the_steps_asked_for(script):
         assert [worker.run(n) for n in (1, 10)] == [0.5, 5.0]
 
 
-def test_what_libraries_print_is_no_answer(script):
+def test_output_of_libraries_is_not_an_answer(script):
     body = "print('a banner'); os.system('echo another')\nreturn (lambda n: print('step') or 1.5), {}"
     with start(script(body)) as worker:
         assert worker.run(1) == 1.5
@@ -52,7 +51,7 @@ def test_what_libraries_print_is_no_answer(script):
         ("raise protocol.UnsupportedError('it has no V5')", "torch: it has no V5"),
     ],
 )
-def test_side_that_cannot_be_had_says_why(script, body, message):
+def test_an_absent_side_says_why(script, body, message):
     with pytest.raises(AbsentError) as error:
         start(script(body))
     assert str(error.value) == message
@@ -77,13 +76,13 @@ def test_side_that_dies_while_running_is_one_sentence(script):
     with worker:
         assert worker.run(1) == 1
         message = "^torch ended with exit code 1: ZeroDivisionError: division by zero$"
-        for _ in range(2):  # the second time there is nobody to write to
+        for _ in range(2):  # the second time, the process has ended
             with pytest.raises(WorkerError, match=message):
                 worker.run(2)
 
 
 @pytest.mark.parametrize("line", ["Segmentation fault", '{"other": 1}', "12"])
-def test_answer_that_is_none_is_one_sentence(line):
+def test_output_that_is_not_an_answer_is_one_sentence(line):
     command = [sys.executable, "-c", f"input(); print({line!r}, flush=True); input()"]
     with pytest.raises(WorkerError) as error:
         start(command)
@@ -92,7 +91,7 @@ def test_answer_that_is_none_is_one_sentence(line):
 
 @pytest.fixture
 def sides(script, monkeypatch):
-    """Sides `ours`, `torch` and `keras` that note their turns in a file and pretend their times."""
+    """Install sides that log their turns in a file and return made-up times."""
 
     def install(log: Path, **bodies: str) -> None:
         note = f"log = open({str(log)!r}, 'a')\nsteps = []\n"
@@ -103,7 +102,7 @@ def sides(script, monkeypatch):
 
 
 def take(side: str, seconds: str) -> str:
-    """The body of a worker whose every step takes `seconds`, an expression of the number of its turn."""
+    """Return the body of a worker whose steps take `seconds`, an expression of the number of its turn."""
     return (
         "def run(n):\n"
         f"    print({side!r}, n, file=log, flush=True); steps.append(n); turn = len(steps)\n"
@@ -117,19 +116,19 @@ def test_sides_take_turns_of_equal_length_in_alternating_order(sides, tmp_path):
     sides(log, ours=take("ours", "0.5"), torch=take("torch", "turn"))
     result = measure(CASE, ["ours", "torch"], pythons={}, rounds=3, seconds=4)
     order = [line.split() for line in log.read_text().splitlines()]
-    # Warm-up, then a quarter of a turn to see how many steps it has (4 / 0.5, and 4 / 2), then three rounds, each with
-    # half as many untimed first.
+    # First the warm-up, then a quarter of a turn to count its steps (4 / 0.5, and 4 / 2), then three rounds, each after
+    # half as many untimed steps.
     assert order[:5] == [["torch", "1"], ["ours", "1"], ["ours", "1"], ["ours", "2"], ["torch", "1"]]
     order = order[1:]
     assert order[4::2] == [["torch", "1"], ["ours", "4"], ["ours", "4"], ["torch", "1"], ["torch", "1"], ["ours", "4"]]
     assert order[5::2] == [["torch", "2"], ["ours", "8"], ["ours", "8"], ["torch", "2"], ["torch", "2"], ["ours", "8"]]
     assert result["sides"]["ours"]["seconds"] == [0.5] * 3
     assert result["sides"]["torch"]["seconds"] == [4, 6, 8]
-    # of each round by itself: 4 / 0.5, 6 / 0.5, 8 / 0.5
+    # one ratio for each round: 4 / 0.5, 6 / 0.5, 8 / 0.5
     assert result["ratios"] == {"torch": {"median": 12, "min": 8, "max": 16}}
 
 
-def test_others_go_on_when_a_side_dies_or_is_absent(sides, tmp_path):
+def test_other_sides_continue_when_a_side_dies_or_is_absent(sides, tmp_path):
     dying = take("torch", "1 / (3 - turn)")
     sides(tmp_path / "log", ours=take("ours", "1"), torch=dying, keras="import no_such_framework")
     result = measure(CASE, ["ours", "torch", "keras"], pythons={}, rounds=2, seconds=1)
@@ -173,14 +172,14 @@ def test_workers_start_with_the_threads_and_the_cores_they_are_given(script, mon
     assert os.sched_getaffinity(0) == before
 
 
-def test_more_cores_than_there_are_is_refused():
+def test_more_cores_than_the_machine_has_are_refused():
     count = len(os.sched_getaffinity(0))
     with pytest.raises(ValueError, match=f"^--threads is {count + 1}; this process may use {count} cores$"):  # noqa: SIM117
         with pin_to_cores(count + 1):
             pass
 
 
-def test_every_worker_is_a_file_that_is_there():
+def test_every_worker_is_a_file():
     files = {name for sides in SIDES.values() for name in sides.values()}
     assert files == {path.name for path in WORKERS.glob("*_worker.py")}
-    assert json.dumps(sorted(SIDES)) == '["augment", "infer", "input", "memory", "train"]'
+    assert sorted(SIDES) == ["augment", "infer", "input", "memory", "train"]

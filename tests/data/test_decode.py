@@ -183,7 +183,12 @@ def test_what_is_no_file_or_too_long_is_refused_unopened(tmp_path):
     with long.open("wb") as file:
         file.write(b"RIFF\0\0\0\0WEBPVP8 ")
         file.truncate(1 << 40)  # a hole: no bytes on the disk
-    for path, said in ((pipe, "no file"), (tmp_path, "no file"), (loop, "symbolic links"), (long, "1,099,511,627,776")):
+    for path, said in (
+        (pipe, "not a file"),
+        (tmp_path, "not a file"),
+        (loop, "symbolic links"),
+        (long, "1,099,511,627,776"),
+    ):
         with pytest.raises(UnreadableImageError, match=said):
             decode_image(path, name="a")
 

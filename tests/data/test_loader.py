@@ -30,7 +30,7 @@ def data_config(**values) -> Any:
 
 
 def take(count: int, *, seed: int = 0, index: int = 0, of: int = 1, state=None, **values) -> list[loader.Batch]:
-    """The next `count` batches of a new iterator, from `state` on."""
+    """Take the next `count` batches of a new iterator, from `state` on."""
     iterator = loader.make_train_iterator(data_config(**values), seed=seed, process_index=index, process_count=of)
     try:
         if state is not None:
@@ -49,7 +49,7 @@ def assert_equal(first: list[loader.Batch], second: list[loader.Batch]) -> None:
 
 
 def write_numbered(root: Path, count: int) -> None:
-    """A folder set whose image i is flat grey of value i, so that a batch tells which images it holds."""
+    """Write a data set in which every pixel of image i is i, so that a batch shows which images it holds."""
     for split in ("train", "test"):
         folder = root / split / "a"
         folder.mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_batches_have_the_promised_types():
     }
 
 
-def test_every_image_once_an_epoch_in_an_order_drawn_anew(folder):
+def test_every_image_once_an_epoch_in_an_order_of_its_own(folder):
     # 50 images in batches of 8: batches straddle the epochs.
     stream = numbers(take(25, batch_size=8, **folder))
     epochs = [stream[i : i + 50] for i in range(0, 200, 50)]
@@ -92,7 +92,7 @@ def test_every_image_once_an_epoch_in_an_order_drawn_anew(folder):
 def test_the_order_is_unbiased(folder):
     epochs = 160
     stream = np.array(numbers(take(epochs, batch_size=50, **folder))).reshape(epochs, 50)
-    # Each image is in the first half of an epoch in half of the epochs, and place does not follow number.
+    # Each image is in the first half of half of the epochs, and its place does not depend on its number.
     first_half = np.array([(stream[:, :25] == i).sum() for i in range(50)])
     assert np.abs(first_half - epochs / 2).max() < 5 * (epochs * 0.25) ** 0.5
     correlations = [np.corrcoef(order, np.arange(50))[0, 1] for order in stream]
@@ -153,14 +153,14 @@ def test_trap_27_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(steps):
     assert_equal(take(4, seed=3, state=state, batch_size=64, **AUGMENTED), expected)
 
 
-def test_trap_28_the_state_is_that_of_the_last_batch_given_not_of_the_last_one_made():
+def test_trap_28_the_state_is_after_the_last_batch_returned_and_not_after_prefetched_ones():
     iterator = loader.make_train_iterator(
         data_config(batch_size=64, **AUGMENTED), seed=3, process_index=0, process_count=1
     )
     whole = take(8, seed=3, batch_size=64, **AUGMENTED)
     for t in range(4):
         next(iterator)
-        time.sleep(0.05)  # the thread runs ahead meanwhile
+        time.sleep(0.05)  # lets the thread prefetch
         assert_equal(take(2, seed=3, state=iterator.get_state(), batch_size=64, **AUGMENTED), whole[t + 1 : t + 3])
     iterator.close()
 
@@ -208,7 +208,7 @@ def test_orbax_saves_and_restores_it(tmp_path):
 
 
 def test_trap_34_workers_give_the_batches_of_threads_and_close_without_a_trace():
-    # In a process of its own, where absl's flags were never parsed and every warning and leak would show.
+    # A new process has not parsed absl's flags, and shows every warning and leak.
     code = """
 import multiprocessing
 import numpy as np
@@ -243,7 +243,7 @@ if __name__ == "__main__":
     config.update(workers=1, eval_batch_size=100)
     batches, count = loader.make_eval_batches(config, process_index=0, process_count=1)
     assert sum(batch["mask"].sum() for batch in batches) == count == 360
-    next(iter(batches))  # an iteration given up half way
+    next(iter(batches))  # an iteration that is not finished
     assert not multiprocessing.active_children()
     print("done")
 """
@@ -265,7 +265,7 @@ def test_an_unreadable_image_in_a_worker_raises_our_sentence(folder):
     assert flags.FLAGS.is_parsed()
 
 
-def test_a_closed_iterator_leaves_no_thread_and_gives_no_batch():
+def test_a_closed_iterator_leaves_no_thread_and_returns_no_batch():
     iterator = loader.make_train_iterator(data_config(), seed=0, process_index=0, process_count=1)
     next(iterator)
     iterator.close()
@@ -304,7 +304,7 @@ def test_training_skips_to_the_next_readable_image_and_counts(folder, caplog):
     following = [next(iterator) for _ in range(5)]
     iterator.close()
     for epoch in (batches[:5], batches[5:]):
-        # 7 and 8 become 9, 49 becomes 0; 7 passes over two.
+        # 7 and 8 become 9, and 49 becomes 0; 7 skips two images.
         assert sorted(numbers(epoch)) == sorted([*(set(range(50)) - {7, 8, 49}), 9, 9, 0])
         skipped = np.concatenate([batch["skipped"] for batch in epoch])
         assert sorted(skipped[skipped > 0].tolist()) == [1, 1, 2]
@@ -317,7 +317,7 @@ def test_training_skips_to_the_next_readable_image_and_counts(folder, caplog):
 
 def test_nothing_readable_is_an_error_even_when_skipping(folder):
     damage(folder, "train", *range(50))
-    with pytest.raises(UnreadableImageError, match=r"None of the 50 images"):
+    with pytest.raises(UnreadableImageError, match=r"^none of the 50 images"):
         take(1, on_error="skip", **folder)
 
 
@@ -328,7 +328,7 @@ def test_evaluation_never_skips(folder):
         list(batches)
 
 
-# Crops of JPEGs, decoded alone
+# Crops of JPEGs that are not decoded whole
 
 
 @pytest.fixture
@@ -361,7 +361,7 @@ def test_the_stream_is_the_same_with_and_without_the_extension(photographs, monk
         assert_equal(cropped, take(5, batch_size=6, **photographs))
     assert [message for message in caplog.messages if message.startswith("JPEGs are decoded whole")] == caplog.messages
     assert len(caplog.messages) == 1
-    monkeypatch.setattr(loader, "MEMORY_BYTES", 2**20)  # all are kept, decoded
+    monkeypatch.setattr(loader, "MEMORY_BYTES", 2**20)  # keeps all images, decoded
     assert_equal(cropped, take(5, batch_size=6, **photographs))
 
 
@@ -370,7 +370,7 @@ def test_a_jpeg_that_proves_damaged_at_its_crop_stops_training_or_is_skipped(pho
     with Image.open(file) as image:
         image.save(file, progressive=True)
     data = bytearray(file.read_bytes())
-    data[data.rindex(b"\xff\xda") + 4] = 9  # components of the last scan, where there are three
+    data[data.rindex(b"\xff\xda") + 4] = 9  # the number of components in the last scan, which has three
     file.write_bytes(data)
     whole = {**photographs, "area_range": (1.0, 1.0)}
     with pytest.raises(UnreadableImageError, match=r"003\.jpg cannot be decoded"):
@@ -422,15 +422,19 @@ def test_evaluation_sees_the_holdout_where_there_is_one(folder):
 
 
 def test_what_is_kept_in_memory_stays_within_the_limit(folder, monkeypatch):
-    config = data_config(**folder)
-    for limit, kept in ((50 * 48, 50), (50 * 48 - 1, 0)):  # 48 bytes an image
+    decoded = []
+
+    def decode_image(data, *, name: str) -> np.ndarray:
+        decoded.append(name)
+        return decode.decode_image(data, name=name)
+
+    monkeypatch.setattr(loader, "decode_image", decode_image)
+    for limit, twice in ((50 * 48, False), (50 * 48 - 1, True)):  # 48 bytes per image
         monkeypatch.setattr(loader, "MEMORY_BYTES", limit)
-        source = loader.open_source(config, "train")
-        reader = loader._Reader(source, lambda image: image, keep=True)
-        first = [reader.read(i) for i in range(50)]
-        assert len(reader._kept) == kept
-        for i in range(50):
-            np.testing.assert_array_equal(reader.read(i)[0], first[i][0])
+        decoded.clear()
+        batches, _ = loader.make_eval_batches(data_config(**folder), process_index=0, process_count=1)
+        assert_equal(list(batches), list(batches))
+        assert len(decoded) == (100 if twice else 50)
 
 
 # Config and speed
@@ -439,10 +443,10 @@ def test_what_is_kept_in_memory_stays_within_the_limit(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value", "of", "message"),
     [
-        ("batch_size", 30, 4, "data.batch_size is 30; it must be a positive multiple of the 4 processes"),
+        ("batch_size", 30, 4, "data.batch_size is 30; valid: a positive multiple of the 4 processes$"),
         ("batch_size", 0, 1, "data.batch_size is 0"),
         ("eval_batch_size", 6, 4, "data.eval_batch_size is 6"),
-        ("on_error", "ignore", 1, "data.on_error is 'ignore'; it must be one of stop, skip"),
+        ("on_error", "ignore", 1, "data.on_error is 'ignore'; valid: stop, skip$"),
         ("workers", -1, 1, "data.workers is -1"),
         ("crop", "center", 1, "data.crop is 'center'"),
     ],
@@ -455,16 +459,16 @@ def test_impossible_values_are_refused(key, value, of, message):
 
 
 @pytest.mark.parametrize("source", ["digits", "tfds:fashion_mnist"])
-def test_small_sets_are_given_fast_enough(source):
+def test_small_sets_are_read_fast_enough(source):
     if source != "digits" and not SHARED.is_dir():
         pytest.skip("needs the reference data beside the checkout")
     config = data_config(source=source, data_dir=str(SHARED / "data" / "tfds"), crop="pad", flip=True, holdout=0.0)
     if source != "digits":
-        config.holdout = 0.95  # 3,000 images: an epoch in memory is soon reached
+        config.holdout = 0.95  # leaves 3,000 images, which are soon in memory
     iterator = loader.make_train_iterator(config, seed=0, process_index=0, process_count=1)
     for _ in range(48):
         next(iterator)
-    start = time.process_time()  # not wall time: other work on the machine must not fail the test
+    start = time.process_time()  # unlike wall time, it does not depend on other work on the machine
     for _ in range(100):
         next(iterator)
     rate = 100 * config.batch_size / (time.process_time() - start)

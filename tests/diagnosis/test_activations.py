@@ -24,7 +24,7 @@ SIZE = 16
 
 
 def make_batches(count: int, size: int) -> list[dict[str, np.ndarray]]:
-    """Batches of `size` of the same `count` random images, the last one filled with white."""
+    """Make batches of `size` from `count` random images, which are always the same; white fills the last batch."""
     images = np.random.default_rng(1).integers(256, size=(count, SIZE, SIZE, 3), dtype=np.uint8)
     padded = np.concatenate([images, np.full((-count % size, SIZE, SIZE, 3), 255, np.uint8)])
     mask = np.arange(len(padded)) < count
@@ -32,7 +32,7 @@ def make_batches(count: int, size: int) -> list[dict[str, np.ndarray]]:
 
 
 def plant(variables: dict, **leaves) -> dict:
-    """The variables with leaves replaced, `params__stem__norm__bias=function of the old value`."""
+    """Replace leaves of the variables: `params__stem__norm__bias=function of the old value`."""
     flat = traverse_util.flatten_dict(variables, sep="__")
     return traverse_util.unflatten_dict({**flat, **{path: f(flat[path]) for path, f in leaves.items()}}, sep="__")
 
@@ -53,6 +53,11 @@ def run(network, variables=None, *, count: int = 6, size: int = 6, quantised=Non
     return tally.summarise({layer.path: layer.op for layer in list_layers(model.spec, variables)})
 
 
+@pytest.fixture(scope="module")
+def fresh(tiny):
+    return run(tiny)
+
+
 # Parts.
 
 
@@ -62,7 +67,7 @@ def test_plateaus_are_where_activations_are_flat():
         slopes = jax.vmap(jax.grad(ACTIVATIONS[name]))(inputs)
         outputs = ACTIVATIONS[name](inputs)
         flat = (outputs == floor) | (outputs >= ceiling)
-        # But for kinks, and h-swish's own 0 and minimum.
+        # Except at kinks, and at the zero and the minimum of h-swish.
         differ = np.asarray(inputs)[np.asarray(flat != (slopes == 0))]
         assert set(np.round(differ, 2)) <= {0, 6, -3, -1.5}
         assert np.asarray(flat).sum() > 200
@@ -73,7 +78,7 @@ def test_units_on_plateaus_are_counted_exactly_and_padding_is_not():
     output[0, 0, 0] = [0, 0, 6, 2]  # one active
     output[0, 0, 1] = [0, 1, 1, 1]  # three
     output[0, 0, 2] = [0, 6, 6, 6]  # none
-    output[1] = 0  # an image that is none
+    output[1] = 0  # padding, not an image
     mask = jnp.array([True, False])
     found = {k: np.asarray(v).tolist() for k, v in count_plateaus(jnp.array(output), mask, "relu6", 3).items()}
     assert found == {
@@ -109,13 +114,13 @@ def test_moments_leave_padding_out():
 
 
 @pytest.mark.parametrize("activation", ["relu6", "hard_swish"])
-def test_what_is_captured_is_what_both_lowerings_compute(make_tiny, activation):
+def test_captured_outputs_are_equal_in_both_lowerings(make_tiny, activation):
     images = normalise_images(jnp.array(make_batches(2, 2)[0]["images"]), **SCALE)
     results = []
     for lowering in ("auto", "plain"):
         model, variables = make_tiny(activation, lowering=lowering)
         logits, outputs, blocks = jax.jit(capture, static_argnums=0)(model, variables, images)
-        np.testing.assert_allclose(logits, model.apply(variables, images), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logits, jax.jit(model.apply)(variables, images), rtol=1e-4, atol=1e-5)
         results.append((outputs, blocks))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
     outputs, blocks = results[0]
@@ -130,14 +135,13 @@ def test_gelu_has_no_plateau(make_tiny):
     assert len(bottlenecks) == 3
 
 
-# The whole: what is planted is found.
+# The whole: planted faults are found.
 
 
-def test_planted_saturation_and_dead_channels_are_found(tiny):
+def test_planted_saturation_and_dead_channels_are_found(tiny, fresh):
     _, variables = tiny
     bias = "params__block_00__expand__norm__bias"
-    fresh, *_ = run(tiny)
-    assert not any(layer["dead_channels"] or layer["saturated_channels"] for layer in fresh.values())
+    assert not any(layer["dead_channels"] or layer["saturated_channels"] for layer in fresh[0].values())
     planted = plant(variables, **{bias: lambda b: set_at(4, -100)(set_at(2, 100)(b))})
     layers, *_ = run(tiny, planted)
     found = layers["block_00/expand"]
@@ -145,11 +149,11 @@ def test_planted_saturation_and_dead_channels_are_found(tiny):
     assert found["dead_channels"] == [4]
     assert found["floor_share"] >= 1 / 24
     assert found["ceiling_share"] >= 1 / 24
-    # The channel in front of the depthwise convolution is its own only: what it makes of it is constant.
-    assert layers["stem"] == fresh["stem"]
+    # The layer in front of the planted one has not changed.
+    assert layers["stem"] == fresh[0]["stem"]
 
 
-def test_h_swish_is_dead_below_minus_3_and_never_full(make_tiny):
+def test_h_swish_is_dead_below_minus_3_and_has_no_ceiling(make_tiny):
     network = make_tiny("hard_swish")
     planted = plant(network[1], params__block_00__expand__norm__bias=set_at([1, 2], [-100, 100]))
     found = run(network, planted)[0]["block_00/expand"]
@@ -158,26 +162,26 @@ def test_h_swish_is_dead_below_minus_3_and_never_full(make_tiny):
     assert found["saturated_channels"] == []
 
 
-def test_pixels_are_lost_where_units_are_fewer_than_dimensions(tiny):
+def test_pixels_are_lost_where_units_are_fewer_than_dimensions(tiny, fresh):
     _, variables = tiny
-    # Of 32 units 25 are switched off: 7 at most are left for the 8 dimensions of the input.
+    # 25 of 32 units are switched off, so at most 7 are left for the 8 dimensions of the input.
     planted = plant(variables, params__block_01__expand__norm__bias=set_at(slice(25), -100))
     units = run(tiny, planted)[0]["block_01/expand"]["active_units"]
     assert units["needed"] == 8
     assert units["lost_pixels"] == 1
     assert 0 <= units["fewest"] <= units["mean"] <= 7
-    before = run(tiny)[0]["block_01/expand"]["active_units"]
+    before = fresh[0]["block_01/expand"]["active_units"]
     assert before["lost_pixels"] < 0.5
     assert before["mean"] == pytest.approx(16, abs=4)  # half of the units
 
 
-def test_a_projection_with_an_activation_loses_pixels_a_linear_one_does_not_have(make_tiny):
+def test_a_projection_with_an_activation_loses_pixels_that_a_linear_one_keeps(make_tiny, fresh):
     layers, *_ = run(make_tiny(projection_activation="relu6"))
     assert layers["block_01/project"]["active_units"]["lost_pixels"] > 0.9  # all 12 of 12 are rarely active
-    assert "block_01/project" not in run(make_tiny())[0]
+    assert "block_01/project" not in fresh[0]
 
 
-def test_a_bottleneck_of_rank_2_has_rank_2(tiny):
+def test_a_bottleneck_of_rank_2_has_rank_2(tiny, fresh):
     _, variables = tiny
 
     def cut(kernel):
@@ -185,13 +189,13 @@ def test_a_bottleneck_of_rank_2_has_rank_2(tiny):
         s[2:] = 0
         return ((u * s) @ v)[None, None].astype(np.float32)
 
-    cases = {"fresh": variables, "cut": plant(variables, params__block_01__project__conv__kernel=cut)}
-    ranks = {name: {found["row"]: found for found in run(tiny, planted)[1]} for name, planted in cases.items()}
-    found = ranks["cut"]["block_01"]
+    cut_ranks = run(tiny, plant(variables, params__block_01__project__conv__kernel=cut))[1]
+    before, after = ({found["row"]: found for found in ranks} for ranks in (fresh[1], cut_ranks))
+    found = after["block_01"]
     assert found["channels"] == 12
     assert 1 < found["participation_ratio"] <= found["effective_rank"] <= 2 + 1e-6
-    assert ranks["fresh"]["block_01"]["effective_rank"] > 3
-    assert ranks["cut"]["block_00"] == ranks["fresh"]["block_00"]
+    assert before["block_01"]["effective_rank"] > 3
+    assert after["block_00"] == before["block_00"]
 
 
 def test_batches_of_any_size_say_the_same(tiny):
@@ -207,7 +211,7 @@ def test_int8_answers_show_the_risk_that_was_built(tiny):
     variables = plant(
         variables,
         params__block_00__depthwise__norm__scale=set_at(3, 300),
-        # Nothing reads the large channel: it only takes the others' steps.
+        # Nothing reads the large channel; it only makes the steps of the other channels larger.
         params__block_00__project__conv__kernel=set_at((0, 0, 3), 0),
         params__classifier__kernel=lambda kernel: 100 * kernel,
     )

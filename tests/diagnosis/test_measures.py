@@ -35,7 +35,7 @@ def draw_filters(rng, channels: int) -> np.ndarray:
 @pytest.mark.parametrize("dead", [0, 1, 20, 39])
 def test_trap_32_dead_filters_are_found_however_many_they_are(rng, dead):
     kernel = draw_filters(rng, 40)
-    kernel[..., :dead] *= 1e-21  # what an official checkpoint has
+    kernel[..., :dead] *= 1e-21  # as small as in an official checkpoint
     relative = relative_norms(kernel, np.ones(40))
     assert np.flatnonzero(relative < DEAD).tolist() == list(range(dead))
     np.testing.assert_allclose(relative[dead:], 1, rtol=1e-5)
@@ -51,7 +51,7 @@ def test_a_few_huge_filters_do_not_make_the_others_dead(rng):
     assert (relative_norms(kernel, np.ones(40)) >= DEAD).all()
 
 
-def test_the_factor_counts_as_the_weights_do(rng):
+def test_the_factor_counts_like_the_weights(rng):
     kernel, factor = draw_filters(rng, 8), np.ones(8)
     factor[2], factor[5] = 0, -1e-5
     kernel[..., 6] *= 1e-4
@@ -60,7 +60,7 @@ def test_the_factor_counts_as_the_weights_do(rng):
 
 
 @pytest.mark.parametrize("dead", [0, 5, 6])
-def test_norms_under_jit_are_numpys(rng, dead):
+def test_norms_under_jit_are_equal_to_numpy(rng, dead):
     kernel, factor = draw_filters(rng, 9), rng.uniform(0.5, 2, 9).astype(np.float32)
     kernel[..., :dead] = 0
     traced = jax.jit(lambda kernel, factor: relative_norms(kernel, factor, xp=jnp))(kernel, factor)
@@ -70,8 +70,8 @@ def test_norms_under_jit_are_numpys(rng, dead):
 # int8.
 
 
-def test_sqnr_of_uniform_weights_is_the_formulas(rng):
-    # Power 1/3 over step^2 / 12 with steps of 1/127.
+def test_sqnr_of_uniform_weights_agrees_with_the_formula(rng):
+    # The power is 1/3 and the error step^2 / 12, with steps of 1/127.
     kernel = rng.uniform(-1, 1, (1, 1, 100, 200)).astype(np.float32)
     assert sqnr_db(kernel, quantise(kernel, per_channel=False)) == pytest.approx(10 * np.log10(4 * 127**2), abs=0.1)
 
@@ -87,7 +87,7 @@ def test_quantised_weights_are_at_most_255_steps_half_a_step_away(rng, per_chann
     assert (np.abs(quantised - kernel) <= step * 0.5001).all()
 
 
-def test_what_is_on_the_grid_is_exact():
+def test_weights_on_the_grid_are_exact():
     kernel = np.arange(-127, 128, dtype=np.float32).reshape(1, 1, 1, 255)
     assert sqnr_db(kernel, quantise(kernel, per_channel=False)) == EXACT
     assert sqnr_db(np.zeros(3), quantise(np.zeros((1, 3)), per_channel=True)) == EXACT
@@ -100,17 +100,17 @@ def test_trap_31_a_channel_of_100_times_the_range_costs_the_others_40_db(rng):
     found = measure_int8(kernel)
     assert found["range_ratio"] == pytest.approx(100, rel=0.2)
     assert found["channel_sqnr_db"]["per_channel"] == pytest.approx(even["channel_sqnr_db"]["per_channel"], abs=0.01)
-    # 20 log10(100), for 31 channels of 32; where the error is as large as the weights, 0 dB is the least there is.
+    # 20 log10(100) for 31 of 32 channels; a channel whose error is as large as its weights has 0 dB, the least.
     lost = even["channel_sqnr_db"]["per_tensor"] - found["channel_sqnr_db"]["per_tensor"]
     assert lost == pytest.approx(40 * 31 / 32, abs=3)
-    # The mean over the layer hides it: nearly all of the power is in the one channel.
+    # The SQNR of the whole layer hides the loss, because one channel has nearly all of the power.
     assert found["sqnr_db"]["per_tensor"] > 20
     assert found["lost_channels"] == []
     kernel[..., 7] *= 4
     assert measure_int8(kernel)["lost_channels"] == [i for i in range(32) if i != 7]
 
 
-def test_dead_filters_are_no_loss_of_int8(rng):
+def test_dead_filters_do_not_count_as_a_loss_of_int8(rng):
     kernel = rng.uniform(-1, 1, (3, 3, 1, 8)).astype(np.float32)
     kernel[..., 3] = 1e-20
     found = measure_int8(kernel)
@@ -131,8 +131,8 @@ def test_ranks_count_equal_variances_and_fall_with_unequal_ones():
     assert participation_ratio(variances) == pytest.approx(64 / 22)
 
 
-def test_moments_of_batches_are_those_of_the_whole(rng):
-    # Far from 0: sums of squares would lose the variances in float32.
+def test_moments_of_batches_equal_the_moments_of_all_vectors(rng):
+    # The vectors are far from 0, where sums of squares would lose the variances in float32.
     vectors = (rng.standard_normal((300, 4)) * [3, 1, 0.1, 0.01] + 1000).astype(np.float32).astype(np.float64)
     moments = Moments()
     for part in (vectors[:7], vectors[7:7], vectors[7:200], vectors[200:]):

@@ -6,7 +6,7 @@ import pytest
 from flax import traverse_util
 
 from mobilenet_jax.diagnosis.activations import measure_activations
-from mobilenet_jax.diagnosis.report import _find_lost_pixels, format_text, make_report
+from mobilenet_jax.diagnosis.report import format_text, list_findings, make_report
 from mobilenet_jax.diagnosis.weights import quantise_variables
 from mobilenet_jax.models.spec import to_json
 from mobilenet_jax.weights.card import HALF, make_card
@@ -15,7 +15,7 @@ METRICS = [{"step": i, "train/grad_norm": norm} for i, norm in ((10, 2.0), (20, 
 
 
 def make_weights(network, **planted) -> tuple:
-    """(model, variables, card), leaves replaced as `block_00__depthwise__conv__kernel=(index, value)`."""
+    """Make (model, variables, card), with leaves changed by `block_00__depthwise__conv__kernel=(index, value)`."""
     model, variables = network
     leaves = {path: np.array(leaf) for path, leaf in traverse_util.flatten_dict(variables, sep="__").items()}
     for path, (index, value) in planted.items():
@@ -36,7 +36,7 @@ def make_weights(network, **planted) -> tuple:
 
 @pytest.fixture(scope="module")
 def planted(tiny) -> dict:
-    """The report of a network in which every part has something to find."""
+    """The report of a network with something to find for every finding."""
     weights = make_weights(
         tiny,
         params__block_00__depthwise__conv__kernel=((..., slice(3)), 0),
@@ -63,32 +63,35 @@ def find(report: dict, start: str) -> str:
     return sentence
 
 
-def test_findings_name_what_was_planted(planted):
+def test_findings_name_the_planted_faults(planted):
     dead = find(planted, "depthwise filters are dead")
     assert dead.startswith(
-        "4 of 68 depthwise filters are dead, below 1% of a usual one of their layer (3 by their weights"
+        "4 of 68 depthwise filters are dead, below 1% of their layer's usual norm (3 by their weights"
     )
     assert "1 by the batch norm's scale" in dead
     assert "block_00/depthwise 3 of 24, block_01/depthwise 1 of 32" in dead
-    # 30 and 1 by their bias, 3 by dead filters, and 1 whose input is the saturated channel.
+    # 30 and 1 channels by their bias, 3 by dead filters, and 1 whose input is the saturated channel.
     assert "35 channels are 0 in every pixel" in find(planted, "Zeros")
     assert "1 channels are 6 in every pixel" in find(planted, "Saturation")
-    assert "block_01/expand 1 of 32. The smallest is 1.0e-09 in block_01/expand" in find(planted, "variances")
+    assert "block_01/expand 1 of 32. The smallest is 1.0e-09 in block_01/expand; that channel keeps" in find(
+        planted, "variances"
+    )
     assert "worst: block_02/depthwise" in find(planted, "int8")
-    assert "11 living channels round to nothing" in find(planted, "int8")
+    assert "11 living channels round to 0" in find(planted, "int8")
     answers = planted["quantisation"]
     assert answers["per_channel"]["kl"] < answers["per_tensor"]["kl"]
-    assert f"(KL {answers['per_tensor']['kl']:.2g} nats); with a scale a channel" in find(planted, "int8")
+    assert f"(KL {answers['per_tensor']['kl']:.2g} nats); with one per channel" in find(planted, "int8")
     assert "largest 40 at step 20, last 1." in find(planted, "Gradient")
-    assert "block_01" in find(planted, "Dimensions in use")
+    assert "block_01" in find(planted, "fewest dimensions")
 
 
-def test_lost_pixels_are_told_in_percent_of_the_worst_layers(planted):
+def test_lost_pixels_of_the_worst_layers_are_percentages(planted):
     report = copy.deepcopy(planted)
     units = [layer["activations"]["active_units"] for layer in report["layers"] if layer["activations"]]
     for i, found in enumerate(filter(None, units)):
         found["lost_pixels"] = (0.9999, 1.0, 0.00123, 0.0001)[i]
-    assert _find_lost_pixels(report).endswith(
+    (sentence,) = [sentence for sentence in list_findings(report) if "active units than dimensions" in sentence]
+    assert sentence.endswith(
         "cannot be recovered: block_01/expand at 100% of the pixels, block_00/expand at 100% of the pixels, "
         "block_02/pointwise at 0.123% of the pixels."
     )
@@ -121,7 +124,7 @@ def test_report_is_json_of_the_documented_keys(planted):
     assert [layer["activations"] is None for layer in planted["layers"]] == [0, 0, 0, 1, 0, 0, 1, 0, 0, 1]
 
 
-def test_weights_alone_make_a_report_without_what_images_show(tiny):
+def test_a_report_on_weights_alone_has_no_measures_of_images(tiny):
     report = make_report(make_weights(tiny))
     assert report["images"] is report["bottlenecks"] is report["quantisation"] is report["grad_norm"] is None
     assert all(layer["activations"] is None for layer in report["layers"])

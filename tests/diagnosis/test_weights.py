@@ -31,7 +31,7 @@ def test_planted_dead_filters_are_found_with_their_cause(network):
     assert all(layer["dead_filters"] == [] for layer in measure(spec, leaves).values())
     leaves["params/block_01/depthwise/conv/kernel"][..., 3] = 0
     leaves["params/block_01/depthwise/norm/scale"][5] = 1e-12
-    leaves["params/block_01/depthwise/conv/kernel"][..., 7] *= 0.05  # alone neither is dead
+    leaves["params/block_01/depthwise/conv/kernel"][..., 7] *= 0.05  # neither is dead by itself
     leaves["params/block_01/depthwise/norm/scale"][7] *= 0.05
     layers = measure(spec, leaves)
     dead = layers.pop("block_01/depthwise")["dead_filters"]
@@ -41,7 +41,7 @@ def test_planted_dead_filters_are_found_with_their_cause(network):
     assert not any(layer["dead_filters"] for layer in layers.values())
 
 
-def test_variances_near_0_are_epsilons(network):
+def test_variances_below_epsilon_are_found(network):
     spec, leaves = network
     leaves["batch_stats/block_00/expand/norm/var"][2] = 1e-12
     found = measure(spec, leaves)
@@ -56,7 +56,9 @@ def test_variances_near_0_are_epsilons(network):
 def test_the_batch_norm_makes_the_int8_risk(network):
     spec, leaves = network
     even = measure(spec, leaves)["block_00/depthwise"]["int8"]
-    leaves["batch_stats/block_00/depthwise/norm/var"][4] = 1e-8  # 1 / sqrt of it, and of an epsilon of 1e-3
+    leaves["batch_stats/block_00/depthwise/norm/var"][4] = (
+        1e-8  # the factor is 1 / sqrt of this plus an epsilon of 1e-3
+    )
     leaves["params/block_00/depthwise/norm/scale"][4] = 100
     found = measure(spec, leaves)["block_00/depthwise"]["int8"]
     assert found["range_ratio"] > 1000
@@ -64,7 +66,7 @@ def test_the_batch_norm_makes_the_int8_risk(network):
     assert found["channel_sqnr_db"]["per_channel"] == pytest.approx(even["channel_sqnr_db"]["per_channel"], abs=1)
 
 
-def test_a_kernel_of_rank_2_is_one(network):
+def test_a_kernel_of_rank_2_has_rank_2(network):
     spec, leaves = network
     kernel = leaves["params/block_01/project/conv/kernel"]
     basis, *_ = np.linalg.qr(np.random.default_rng(0).standard_normal((kernel.shape[-1], 2)))
@@ -86,12 +88,12 @@ def test_quantised_variables_are_on_the_grid_once_folded(network):
         for before, after in zip(list_layers(spec, variables), list_layers(spec, quantised), strict=True):
             assert np.isfinite(after.kernel).all()
             assert not np.array_equal(after.kernel, before.kernel)
-            # What is on the grid of its own largest magnitude is not rounded again.
+            # Weights on the grid of their own largest magnitude are not rounded again.
             again = measure_int8(after.kernel * after.factor)["sqnr_db"][kind]
             assert again > 100
 
 
-def test_counts_under_jit_are_those_of_the_report(network):
+def test_counts_under_jit_equal_the_counts_of_the_report(network):
     spec, leaves = network
     leaves["params/block_00/depthwise/conv/kernel"][..., :10] *= 1e-4
     leaves["params/block_01/depthwise/conv/kernel"][..., 0] = 0

@@ -1,1 +1,1 @@
-"""One side of a benchmark each, run as a file by that side's own Python; `mobilenet_jax` is ours' alone to import."""
+"""Workers: each file is one side of a benchmark and runs in that side's Python. Only ours import `mobilenet_jax`."""

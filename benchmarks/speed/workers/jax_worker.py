@@ -1,4 +1,4 @@
-"""Our networks in our own training and evaluation steps: side `ours` as it is, side `flax` with plain layers."""
+"""Our networks in our training and evaluation steps: the side `ours`, and with plain layers the side `flax`."""
 
 import functools
 import time
@@ -14,13 +14,13 @@ from mobilenet_jax.models.network import MobileNet, create_model
 from mobilenet_jax.training.sharding import make_key, make_mesh, put_batch, replicate, shard_train_step
 from mobilenet_jax.training.steps import StepOptions, create_state, train_step
 
-# Of the side `flax`: grouped convolutions by feature_group_count, `nn.BatchNorm`, automatic gradients.
+# The side `flax` has convolutions with feature_group_count, `nn.BatchNorm` and automatic gradients.
 LOWERINGS = {"ours": "auto", "flax": "plain"}
 GREY = (127.5, 127.5, 127.5)
 
 
 def load(case: dict) -> tuple[Run, dict]:
-    """The compiled step of a case, for `train` and `memory` the training step, for `infer` the forward pass."""
+    """Compile the step of a case: the training step for `train` and `memory`, the forward pass for `infer`."""
     jax.config.update("jax_num_cpu_devices", case["devices"])
     options = {**case["options"], "lowering": LOWERINGS[case["side"]]}
     model = create_model(case["name"], width=case["width"], **options)
@@ -41,7 +41,7 @@ def load(case: dict) -> tuple[Run, dict]:
 
 
 def load_training(model: MobileNet, images: np.ndarray):
-    """(run, compiled step, times) of uint8 images [B, H, W, 3]: SGD with momentum, the state donated."""
+    """Return (run, compiled training step, times) on uint8 images [B, H, W, 3]: SGD with momentum, a donated state."""
     mesh, optimizer = make_mesh(), optax.sgd(0.01, momentum=0.9)
     state = replicate(create_state(init_variables(model, seed=0), optimizer, ema=False), mesh)
     labels = np.arange(len(images), dtype=np.int32) % model.spec.num_classes
@@ -61,7 +61,7 @@ def load_training(model: MobileNet, images: np.ndarray):
 
 
 def load_inference(model: MobileNet, images: np.ndarray):
-    """(run, compiled forward pass, times) of the images normalised beforehand; ours folds its batch norm."""
+    """Return (run, compiled forward pass, times) on images that are normalised beforehand."""
     variables = jax.device_put(init_variables(model, seed=0))
     normalised = jax.device_put((images / 127.5 - 1).astype(np.float32))
     compiled, about = _compile(jax.jit(functools.partial(model.apply, train=False)), variables, normalised)

@@ -8,7 +8,7 @@ from protocol import Run, UnsupportedError, serve
 
 
 def list_models(applications) -> dict[str, Callable]:
-    """The functions of `keras.applications` by our names; V3 without the scaling that Keras puts in front."""
+    """Return the functions of `keras.applications` by our names; V3 without Keras' rescaling layer."""
     large = functools.partial(applications.MobileNetV3Large, include_preprocessing=False)
     small = functools.partial(applications.MobileNetV3Small, include_preprocessing=False)
     return {
@@ -22,12 +22,12 @@ def list_models(applications) -> dict[str, Callable]:
 
 
 def load(case: dict) -> tuple[Run, dict]:
-    """A compiled model and one batch of float32 images, used over and over."""
+    """Load a compiled model and one batch of float32 images, which every step uses."""
     import keras  # pyright: ignore[reportMissingImports]
     import numpy as np
 
     if case["devices"] > 1:
-        raise UnsupportedError("run on one device here")
+        raise UnsupportedError("runs on one device here")
     size, count = case["resolution"], case["batch_size"]
     make = list_models(keras.applications)[case["name"]]
     model = make(input_shape=(size, size, 3), alpha=case["width"], weights=None, classifier_activation=None)
@@ -39,7 +39,7 @@ def load(case: dict) -> tuple[Run, dict]:
     labels = np.arange(count) % 1000
 
     class Repeated(keras.utils.PyDataset):
-        """The batch `steps` times: `fit` keeps the state on the device, `train_on_batch` would not."""
+        """The batch, `steps` times: `fit` keeps the state on the device, and `train_on_batch` does not."""
 
         def __init__(self, steps: int):
             super().__init__()

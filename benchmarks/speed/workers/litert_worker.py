@@ -1,4 +1,4 @@
-"""LiteRT (TensorFlow Lite) with its XNNPACK kernels: Keras' MobileNets as its converter makes them, in float32."""
+"""LiteRT (TensorFlow Lite) with XNNPACK kernels: Keras' MobileNets, converted in float32."""
 
 import os
 import time
@@ -8,8 +8,8 @@ from protocol import Run, UnsupportedError, serve
 
 
 def load(case: dict) -> tuple[Run, dict]:
-    """An interpreter and one batch of float32 images, used over and over; the converter has folded batch norm."""
-    os.environ["KERAS_BACKEND"] = "tensorflow"  # what is converted is a graph of TensorFlow's
+    """Load an interpreter and one batch of float32 images, which every step uses; the converter folds batch norm."""
+    os.environ["KERAS_BACKEND"] = "tensorflow"  # the converter reads graphs of TensorFlow
     import tensorflow as tf  # pyright: ignore[reportMissingImports]
 
     if case["devices"] > 1:

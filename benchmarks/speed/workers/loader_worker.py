@@ -1,26 +1,22 @@
-"""Our input: the training loader on a folder of JPEGs, and what each augmentation costs."""
+"""Our input: the training loader on a folder of JPEGs, and the cost of each augmentation."""
 
 import functools
 import itertools
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from protocol import Run, serve
 
 from configs import base
 from mobilenet_jax.cli.allocator import describe_allocator
-from mobilenet_jax.data import loader
 from mobilenet_jax.data.transforms import make_train_transform
-from mobilenet_jax.training.losses import mix_batch
 
 MIXES = ("mixup", "cutmix")
 
 
 def load(case: dict) -> tuple[Run, dict]:
-    """The loader for `input`; for `augment` the transform, or the mixing in the step, that `name` says."""
+    """Load the loader for `input`; for `augment`, load the transform or the mixing that `name` names."""
     config: Any = base.get_config()
     data = config.data
     data.update({"image_size": case["resolution"], "batch_size": case["batch_size"], "flip": True, "crop": "inception"})
@@ -35,9 +31,10 @@ def load(case: dict) -> tuple[Run, dict]:
 
 
 def load_input(data) -> Run:
-    """Batches of the real loader; what runs ahead is thrown away, so that each turn starts alike."""
+    """Load the training loader. Prefetched batches are dropped at the end of a turn, so that all turns start equal."""
+    from mobilenet_jax.data import loader
 
-    loader.MEMORY_BYTES = 0  # each photograph is decoded each time, as in a set that no memory holds
+    loader.MEMORY_BYTES = 0  # decodes each photograph each time, as for a data set that does not fit in memory
 
     def run(batches: int) -> float:
         iterator = loader.make_train_iterator(data, seed=0, process_index=0, process_count=1)
@@ -53,7 +50,7 @@ def load_input(data) -> Run:
 
 
 def load_augment(data) -> Run:
-    """A batch through one transform in one thread: images of the network's size, uint8 to uint8."""
+    """Load one transform, which one thread applies to a batch of uint8 images of the network's size."""
     transform = make_train_transform(data)
     size = (data.batch_size, data.image_size, data.image_size, 3)
     images = np.random.default_rng(0).integers(256, size=size, dtype=np.uint8)
@@ -70,7 +67,12 @@ def load_augment(data) -> Run:
 
 
 def load_mix(case: dict, alphas: dict[str, float]) -> Run:
-    """The mixing of a float32 batch, compiled alone: not fused with what stands before and behind it in the step."""
+    """Load the mixing of a float32 batch, compiled alone: XLA cannot fuse it with the rest of the training step."""
+    import jax
+    import jax.numpy as jnp
+
+    from mobilenet_jax.training.losses import mix_batch
+
     size = case["resolution"]
     batch = jnp.zeros((case["batch_size"], size, size, 3)), jnp.zeros((case["batch_size"], 1000))
     mix = jax.jit(functools.partial(mix_batch, **{"mixup": 0.0, "cutmix": 0.0, "probability": 1.0, **alphas}))

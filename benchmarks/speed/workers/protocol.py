@@ -1,4 +1,4 @@
-"""A worker's half of the conversation: JSON lines in, JSON lines out. The standard library is all it needs."""
+"""A worker's half of the conversation: JSON lines in, JSON lines out. It needs only the standard library."""
 
 import json
 import os
@@ -6,22 +6,22 @@ import sys
 import time
 from collections.abc import Callable
 
-Run = Callable[[int], float]  # n steps, from the first to the end of the last -> seconds
-Load = Callable[[dict], tuple[Run, dict]]  # a case -> what to run, and what to tell of it
+Run = Callable[[int], float]  # number of steps -> seconds that they took
+Load = Callable[[dict], tuple[Run, dict]]  # a case -> the function that runs steps, and facts about it for the report
 
 
 class UnsupportedError(Exception):
-    """This side has no such case; the message says why, in one sentence."""
+    """This side does not support the case; the message says why, in one sentence."""
 
 
 def serve(load: Load) -> None:
     """Read a case, load it, then run as many steps as each line asks for, until the input ends.
 
-    A framework that is not installed, and a case that it does not have, are answers; any other exception ends
-    the process with its traceback on stderr.
+    A framework that is not installed and a case that it does not support are answers. Any other exception ends the
+    process with a traceback on stderr.
     """
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not be taken for a reply
+    os.dup2(2, 1)  # libraries print to stdout, which must not look like a reply
 
     def reply(**values) -> None:
         print(json.dumps(values), file=replies, flush=True)

@@ -1,4 +1,4 @@
-"""The same input by tf.data: an Inception crop decoded alone, bilinear resize, flip, uint8 out."""
+"""The input by tf.data: only an Inception crop is decoded, then resized bilinearly and flipped; uint8 out."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,7 @@ from protocol import Run, serve
 
 
 def load(case: dict) -> tuple[Run, dict]:
-    """A pipeline over the folder's files, with a thread pool of its own of as many threads as ours has cores."""
+    """Load a pipeline over the folder's files, with a private pool of as many threads as our side has cores."""
     import tensorflow as tf  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
     size, threads = case["resolution"], case["threads"]

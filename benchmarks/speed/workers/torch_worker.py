@@ -1,4 +1,4 @@
-"""torchvision's MobileNets, timm's V1 and V4, in PyTorch: eager, channels_last, batch norm not folded."""
+"""torchvision's MobileNets, and timm's V1 and V4, in PyTorch: eager, channels_last, batch norm not folded."""
 
 import time
 
@@ -6,7 +6,7 @@ from protocol import Run, UnsupportedError, serve
 
 
 def load(case: dict) -> tuple[Run, dict]:
-    """A model, its optimizer and one batch of float32 images, used over and over."""
+    """Load a model, its optimizer and one batch of float32 images, which every step uses."""
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(case["threads"])
@@ -14,7 +14,7 @@ def load(case: dict) -> tuple[Run, dict]:
     torch.manual_seed(0)
     model, versions = make_model(case["name"], case["width"])
     if case["devices"] > 1:
-        raise UnsupportedError("run on one device here")
+        raise UnsupportedError("runs on one device here")
     model = model.to(memory_format=torch.channels_last)
     size, count = case["resolution"], case["batch_size"]
     images = torch.rand(count, 3, size, size).mul(2).sub(1).to(memory_format=torch.channels_last)
@@ -43,12 +43,12 @@ def load(case: dict) -> tuple[Run, dict]:
 
 
 def make_model(name: str, width: float):
-    """(the module, the versions of the packages it comes from); UnsupportedError where there is none."""
+    """Return (the module, the versions of its packages); raise UnsupportedError if no package has it."""
     if name == "mobilenet_v1" or name.startswith("mobilenet_v4_"):
         import timm  # pyright: ignore[reportMissingImports]
 
         if width != 1:
-            raise UnsupportedError(f"timm names {name} at width 1 alone")
+            raise UnsupportedError(f"timm has {name} only at width 1")
         theirs = {"mobilenet_v1": "mobilenetv1_100"}.get(name, name.replace("mobilenet_v4", "mobilenetv4"))
         return timm.create_model(theirs), {"timm": timm.__version__}
     import torchvision  # pyright: ignore[reportMissingImports]

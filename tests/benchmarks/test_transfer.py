@@ -1,5 +1,3 @@
-"""`benchmarks/transfer.py`: the study of a folder, on one device."""
-
 import csv
 import statistics
 from pathlib import Path
@@ -18,14 +16,22 @@ from mobilenet_jax.training.sharding import make_mesh
 from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.save import save_weights
 
-# ml_collections loads config files by a way that Python is about to drop.
+# ml_collections loads config files with a method that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
 
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch) -> list[str]:
-    """A folder of dark and bright images that no network can mistake, save one with a wrong label, and weights."""
+    """Arguments for a folder of dark and bright images that any network can tell apart, one with a wrong label."""
     monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    make_config = transfer.make_config
+
+    def make_plain_config(*args, **kwargs):
+        config = make_config(*args, **kwargs)
+        config.model.lowering = "plain"  # compiles fastest
+        return config
+
+    monkeypatch.setattr(transfer, "make_config", make_plain_config)
     generator = np.random.default_rng(0)
     for split, count in (("train", 32), ("test", 8)):
         for name, low in (("bright", 160), ("dark", 0)):
@@ -55,21 +61,25 @@ def read_results(workdir: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def test_study_has_a_row_a_run_and_keeps_what_is_finished(arguments, tmp_path, monkeypatch, capsys):
+def list_written(study: Path) -> dict[Path, int]:
+    """When each checkpoint and log of the study's runs was written last."""
+    files = [*study.glob("*/checkpoints/**/*"), *study.glob("*/metrics.jsonl")]
+    return {file: file.stat().st_mtime_ns for file in files if file.is_file()}
+
+
+def test_study_has_a_row_for_each_run_and_keeps_finished_runs(arguments, tmp_path, capsys):
     command = [*arguments, "--ways", "probe", "scratch", "--image_size=32", "--epochs=4"]
     assert transfer.main([*command, "--seeds=1"]) == 0
     first = read_results(tmp_path / "study")
     assert [(row["way"], row["seed"], row["count"]) for row in first] == [("probe", "0", "16"), ("scratch", "0", "16")]
     assert int(first[0]["trained"]) < int(first[1]["trained"])
-    # A second seed adds to the rows, and the first one's runs are not trained again.
-    original = train.Run._next_batch
-
-    def next_batch(self):
-        assert self.workdir.name.endswith("_1")
-        return original(self)
-
-    monkeypatch.setattr(train.Run, "_next_batch", next_batch)
+    # A second seed adds rows, and the runs of the first seed are not trained again.
+    before = list_written(tmp_path / "study")
+    assert {file.relative_to(tmp_path / "study").parts[0] for file in before} == {"probe_0", "scratch_0"}
     assert transfer.main([*command, "--seeds=2"]) == 0
+    after = list_written(tmp_path / "study")
+    assert {file: after[file] for file in before} == before
+    assert len(after) > len(before)
     rows = read_results(tmp_path / "study")
     assert [row for row in rows if row["seed"] == "0"] == first
     tops = [100 * float(row["top1"]) for row in rows if row["way"] == "probe"]
@@ -81,7 +91,7 @@ def test_study_has_a_row_a_run_and_keeps_what_is_finished(arguments, tmp_path, m
             image.verify()
 
 
-def test_from_scratch_nothing_is_frozen_and_all_else_is_as_in_finetuning(arguments):
+def test_scratch_differs_from_finetune_only_in_the_weights_and_in_freezing_nothing(arguments):
     class Flags:
         folder, init, image_size, holdout, epochs = Path(arguments[0]), "w", 32, 0.0, None
 
@@ -95,7 +105,7 @@ def test_from_scratch_nothing_is_frozen_and_all_else_is_as_in_finetuning(argumen
     assert (scratch["init"], scratch["optim.freeze"], scratch["optim.layer_decay"]) == ("", [], 1.0)
 
 
-def test_mistakes_are_the_surest_wrong_answers(arguments, tmp_path):
+def test_mistakes_are_the_most_confident_wrong_answers(arguments, tmp_path):
     command = [*arguments, "--ways", "probe", "--image_size=32", "--epochs=400", "--seeds=1"]
     assert transfer.main(command) == 0
     confusion = np.loadtxt(tmp_path / "study" / "probe_0" / "confusion.csv", delimiter=",", dtype=int)
@@ -107,7 +117,7 @@ def test_mistakes_are_the_surest_wrong_answers(arguments, tmp_path):
     config = transfer.make_config("probe", seed=0, flags=Flags, card=card)  # pyright: ignore[reportArgumentType]
     mistakes = transfer.find_mistakes(tmp_path / "study" / "probe_0", config, count=24)
     assert len(mistakes) == confusion.sum() - np.trace(confusion)
-    # The white image among the dark ones is the worst of them.
+    # The worst mistake is the white image among the dark ones.
     image, label, answer, share = mistakes[0]
     assert (image.min(), label, answer) == (255, 1, 0)
     assert share == max(mistake[3] for mistake in mistakes) > 0.5

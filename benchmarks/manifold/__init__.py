@@ -1,0 +1,1 @@
+"""The experiment behind linear bottlenecks: `python -m benchmarks.manifold`."""
