@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mobilenet_jax.models import edgetpu, v1, v2, v3, v4
-from mobilenet_jax.models.spec import Spec, apply_options, check_choice
+from mobilenet_jax.models.options import apply_options
+from mobilenet_jax.models.spec import Spec, check_choice
 
 MODELS: dict[str, Callable[..., Spec]] = {
     "mobilenet_v1": v1.mobilenet_v1,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax import export
 
-from mobilenet_jax.models.depthwise import depthwise_conv
-from mobilenet_jax.models.spec import pads
+from mobilenet_jax.models.cpu import depthwise_conv
+from mobilenet_jax.models.ops import pads
 
 # kernel, stride, dilation, padding, image [B, H, W, C]
 CASES = [
