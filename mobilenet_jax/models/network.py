@@ -1,4 +1,4 @@
-"""The one network that walks every table."""
+"""The one network that walks every table: stem, blocks, head, pooling, hidden layer, classifier."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from mobilenet_jax.models.activations import ACTIVATIONS
 from mobilenet_jax.models.blocks import Chain, ResidualBlock
 from mobilenet_jax.models.cpu import IMPLEMENTATIONS
 from mobilenet_jax.models.layers import LOWERINGS, Conv, ConvNorm, Dense, Layers, Norm, PlainNorm, spatial_mean
-from mobilenet_jax.models.ops import PooledConvOp
+from mobilenet_jax.models.ops import DenseOp, PooledConvOp
 from mobilenet_jax.models.spec import Conv as ConvRow
 from mobilenet_jax.models.spec import Separable, Spec, check_choice
 from mobilenet_jax.models.zoo import make_spec
@@ -23,9 +23,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float
 class MobileNet(nn.Module):
     """A `Spec` as a module.
 
-    `lowering` "auto" formulates convolutions and norms for speed, "plain" as a textbook writes them;
-    parameters and numbers are the same. With `freeze_stats`, batch norm uses its running statistics in
-    training too.
+    `lowering` "auto" runs the fast forms of convolution and batch norm (`cpu.py`), "plain" the textbook's; parameters
+    and numbers are the same. `remat` computes blocks again in the backward pass to save memory. With `freeze_stats`,
+    batch norm uses its running statistics in training too.
     """
 
     spec: Spec
@@ -43,12 +43,12 @@ class MobileNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False, features: tuple[str, ...] = ()) -> Any:
-        """Logits [B, num_classes] float32 of normalised images [B, H, W, C].
+        """Return the logits [B, num_classes] in float32 of normalised images [B, H, W, C].
 
-        With num_classes=0, the vector that the classifier would see. With `features`, names of `spec.taps()`,
-        a pair: the logits, and a dict of those maps. Training mode updates `batch_stats` (make them mutable)
-        and draws from the key "dropout". Raises ValueError for images of another shape and unknown feature
-        names.
+        With num_classes=0, returns the vector that a classifier would see. With `features`, names of `spec.taps()`,
+        returns a pair: the logits, and a dict of the maps by name. Training mode updates `batch_stats` (make them
+        mutable) and draws from the key "dropout". Raises ValueError for images of another shape and for unknown
+        feature names.
         """
         spec = self.spec
         if images.ndim != 4 or images.shape[-1] != spec.in_channels:
@@ -121,12 +121,19 @@ def create_model(
     freeze_stats: bool = False,
     **options: object,
 ) -> MobileNet:
-    """The module `name` (see `zoo.MODELS`) at a width, as the framework of `convention` builds it.
+    """Return the module `name` (see `zoo.MODELS`) at a width, as the framework of `convention` builds it.
 
-    `options` are those of `spec.OPTIONS`: activation, hard_swish_from, projection_activation, shortcut,
-    sum_activation, expansion, se_ratio, se_rounding, se_gate, block_form, shallow, head_width, stride_one,
-    output_stride, init, dropout, drop_path, drop_path_flat, bn_decay, bn_epsilon. Raises ValueError, in one sentence
-    with the valid values, for an unknown name or an impossible value.
+    Args:
+      name: a key of `zoo.MODELS`.
+      width: width multiplier, by the rule of the model's paper and convention.
+      num_classes: 0 builds no classifier.
+      convention: one of `zoo.CONVENTIONS`; sets padding, epsilon, width rule and head.
+      dtype: of the computation; parameters, statistics and logits are float32.
+      lowering, depthwise_impl, remat, freeze_stats: see `MobileNet`.
+      **options: keys of `options.OPTIONS`, which lists and documents them; None leaves the table as it is.
+
+    Raises:
+      ValueError: an unknown name or an impossible value, in one sentence with the valid values.
     """
     spec = make_spec(name, width=width, num_classes=num_classes, convention=convention, **options)
     return MobileNet(

@@ -25,7 +25,7 @@ OUTPUT_STRIDES = (8, 16, 32)
 
 
 def map_rows(spec: Spec, change: Callable[[Row], Row]) -> Spec:
-    """The spec with `change` applied to stem, blocks and head."""
+    """Apply `change` to stem, blocks and head."""
     head = change(spec.head) if spec.head else None
     blocks = tuple(change(row) for row in spec.blocks)
     return replace(spec, stem=change(spec.stem), blocks=blocks, head=head)  # pyright: ignore[reportArgumentType]
@@ -38,7 +38,7 @@ def _map_inverted(spec: Spec, option: str, change: Callable[[InvertedResidual], 
 
 
 def with_activation(spec: Spec, activation: str) -> Spec:
-    """One activation wherever the table has one; linear projections, squeeze-excite and attention stay."""
+    """Set one activation wherever the table has one; linear projections, squeeze-excite and attention stay."""
 
     def change(row: Row) -> Row:
         return row if isinstance(row, MultiQueryAttention) else replace(row, activation=activation)
@@ -48,10 +48,10 @@ def with_activation(spec: Spec, activation: str) -> Spec:
 
 
 def with_hard_swish_from(spec: Spec, first: int) -> Spec:
-    """Hard-swish in the blocks from `first` (0) on, ReLU in those before it; stem and last layers stay.
+    """Set hard-swish in the blocks from number `first` on (the first block is 0), and ReLU in those before it.
 
-    Of V3-Large, 6 is the table (h-swish from 80 channels on), 0 and 10 are "h-swish @16" and "@112" of 1905.02244
-    Table 5.
+    Stem and last layers stay. In V3-Large, 6 is the table (h-swish from 80 channels on), and 0 and 10 are
+    "h-swish @16" and "@112" of 1905.02244 Table 5.
     """
     if first not in range(len(spec.blocks) + 1):
         raise ValueError(f"hard_swish_from is {first}; {spec.name} has {len(spec.blocks)} blocks: 0 to that is valid")
@@ -60,27 +60,27 @@ def with_hard_swish_from(spec: Spec, first: int) -> Spec:
 
 
 def with_projection_activation(spec: Spec, activation: str) -> Spec:
-    """`linear` is V2's linear bottleneck, `relu6` the ablation of 1801.04381 Fig. 6a."""
+    """Set the activation of projections: `linear` is V2's bottleneck, `relu6` the ablation of 1801.04381 Fig. 6a."""
     change = lambda row: replace(row, projection_activation=activation)  # noqa: E731
     return _map_inverted(spec, "projection_activation", change)
 
 
 def with_shortcut(spec: Spec, shortcut: str) -> Spec:
-    """Where residuals go: between bottlenecks, between expansions, nowhere (1801.04381 Fig. 6b).
+    """Put residuals between bottlenecks, between expansions, or nowhere (1801.04381 Fig. 6b).
 
-    `expansion` adds a block's activated depthwise output to the next block's activated expansion where their
-    channels agree: ten times in V2 at width 1, as often as the bottlenecks'.
+    `expansion` adds a block's activated depthwise output to the next block's activated expansion if their shapes
+    agree. In V2 at width 1 this happens ten times, as often as between bottlenecks.
     """
     return replace(_map_inverted(spec, "shortcut", lambda row: row), shortcut=shortcut)
 
 
 def with_sum_activation(spec: Spec, activation: str) -> Spec:
-    """An activation behind the sum of each residual; beside relu6 projections it leaves no map linear."""
+    """Set an activation behind the sum of each residual; with relu6 projections as well, no map is linear."""
     return replace(_map_inverted(spec, "sum_activation", lambda row: row), sum_activation=activation)
 
 
 def with_expansion(spec: Spec, factor: float) -> Spec:
-    """One expansion factor for every row that expands; factor 1 leaves their expansion convolution out."""
+    """Set one expansion factor in every row that expands; factor 1 leaves their expansion convolution out."""
     if factor <= 0:
         raise ValueError(f"expansion is {factor}; valid: above 0")
     spec = _map_inverted(spec, "expansion", lambda row: row)
@@ -95,7 +95,10 @@ def with_expansion(spec: Spec, factor: float) -> Spec:
 
 
 def with_se_ratio(spec: Spec, ratio: float) -> Spec:
-    """Reduced over expanded channels where the table has squeeze-excite, else everywhere; 0 removes it."""
+    """Set the ratio of reduced to expanded channels where the table has squeeze-excite, or everywhere if nowhere.
+
+    Ratio 0 removes squeeze-excite.
+    """
     everywhere = not any(isinstance(row, InvertedResidual) and row.se for row in spec.blocks)
 
     def change(row: InvertedResidual) -> InvertedResidual:
@@ -117,11 +120,11 @@ def _with_se_field(option: str, field: str) -> Callable[[Spec, str], Spec]:
 
 
 def with_block_form(spec: Spec, form: str) -> Spec:
-    """Every block in one of the four forms of 1801.04381 Fig. 2, with the channels and strides of the table.
+    """Give every block one of the four forms of 1801.04381 Fig. 2, with the channels and strides of the table.
 
-    `regular` is one full convolution: of V1, 1704.04861 Table 4. `separable` is V1's depthwise and pointwise.
-    `linear_bottleneck` is V2 without its residuals: 2c and 2d are the same layers when stacked. `inverted_residual`
-    is V2.
+    `regular` is one full convolution (V1 in this form: 1704.04861 Table 4). `separable` is V1's depthwise and
+    pointwise. `linear_bottleneck` is V2 without its residuals: 2c and 2d are the same layers when stacked.
+    `inverted_residual` is V2.
     """
     check_choice("block_form", form, BLOCK_FORMS)
 
@@ -146,7 +149,7 @@ def with_block_form(spec: Spec, form: str) -> Spec:
 
 
 def with_shallow(spec: Spec, shallow: bool) -> Spec:
-    """Without the longest run of equal blocks: of V1 the five of 14x14x512 (1704.04861 Table 5)."""
+    """Leave out the longest run of equal blocks; in V1 these are the five of 14x14x512 (1704.04861 Table 5)."""
     runs = [list(run) for _, run in groupby(range(len(spec.blocks)), key=lambda i: spec.blocks[i])]
     longest = max(runs, key=len)
     if shallow and len(longest) == 1:
@@ -156,7 +159,7 @@ def with_shallow(spec: Spec, shallow: bool) -> Spec:
 
 
 def with_head_width(spec: Spec, width: int) -> Spec:
-    """Channels of the last layer before the classifier: V3's hidden layer, V2's last 1x1; V1 has neither."""
+    """Set the channels of the last layer before the classifier: the hidden layer (V3, V4) or the last 1x1 (V2)."""
     if width < 1:
         raise ValueError(f"head_width is {width}; valid: 1 or more")
     if spec.hidden:
@@ -167,9 +170,9 @@ def with_head_width(spec: Spec, width: int) -> Spec:
 
 
 def with_stride_one(spec: Spec, which: tuple[int, ...]) -> Spec:
-    """Stride 1 in the given stride-2 rows, counted from the stem (0): small images keep useful maps.
+    """Set stride 1 in the given stride-2 rows, counted from the stem (0), so that small images keep useful maps.
 
-    (0,) is what the CIFAR versions of V1 do: 32 px arrive at the pooling as 2x2 instead of 1x1.
+    The CIFAR versions of V1 use (0,): images of 32 px arrive at the pooling as maps of 2x2 instead of 1x1.
     """
     count = sum(row.stride == 2 for _, row, _ in spec.rows())
     if bad := [i for i in which if i not in range(count)]:
@@ -191,11 +194,11 @@ def _without_stride(row: Row, **changes: int) -> Row:
 
 
 def with_output_stride(spec: Spec, output_stride: int) -> Spec:
-    """Dilation instead of strides beyond `output_stride`, same weights (1801.04381 sec. 6.3; slim's rule).
+    """Replace strides beyond `output_stride` by dilation, with the same weights (1801.04381 sec. 6.3; slim's rule).
 
-    The row whose stride is taken away keeps the dilation so far; those behind it have it doubled.
+    The row whose stride is taken away keeps the dilation so far; in the rows behind it the dilation doubles.
     """
-    check_choice("output_stride", output_stride, (8, 16, 32))
+    check_choice("output_stride", output_stride, OUTPUT_STRIDES)
     stride, dilation, blocks = spec.stem.stride, 1, []
     for row in spec.blocks:
         if row.stride == 2 and stride == output_stride:
@@ -211,9 +214,9 @@ def _with_field(field: str) -> Callable[..., Spec]:
     return lambda spec, value: replace(spec, **{field: value})
 
 
-# What `create_model`, the config's model section and the command line can change, in the order of
-# application: squeeze-excite is sized after the expansion, blocks take other forms when their channels are known, and
-# dilation follows the strides.
+# The options of `create_model`, of the config's model section and of the command line. They are applied in this order:
+# squeeze-excite is sized after the expansion, blocks take other forms when their channels are known, and dilation
+# follows the strides.
 OPTIONS: dict[str, Callable[..., Spec]] = {
     "activation": with_activation,
     "hard_swish_from": with_hard_swish_from,
@@ -239,7 +242,7 @@ OPTIONS: dict[str, Callable[..., Spec]] = {
 
 
 def apply_options(spec: Spec, **options: object) -> Spec:
-    """The spec with every option that is not None applied; ValueError for an unknown or impossible one."""
+    """Apply every option that is not None; raise ValueError for an unknown or impossible one."""
     for key in options:
         check_choice("model option", key, tuple(OPTIONS))
     for key, change in OPTIONS.items():

@@ -7,14 +7,14 @@ from mobilenet_jax.models.spec import Conv, Row, Spec, check_choice
 
 
 def to_json(spec: Spec) -> dict:
-    """The spec as plain data: what travels with weights and checkpoints."""
+    """Return the spec as plain data."""
     rows = [{"name": name, "kind": type(row).__name__, **dataclasses.asdict(row)} for name, row, _ in spec.rows()]
     fields = dataclasses.asdict(spec)
     return {**{k: v for k, v in fields.items() if k not in ("stem", "blocks", "head")}, "rows": rows}
 
 
 def from_json(data: dict) -> Spec:
-    """The spec that `to_json` wrote; ValueError, naming the key, for anything else."""
+    """Return the spec that `to_json` wrote; raise ValueError, naming the key, for anything else."""
     kinds = {kind.__name__: kind for kind in get_args(Row)}
     rows: dict[str, Row] = {}
     if not isinstance(data.get("rows"), list):
@@ -34,16 +34,16 @@ def from_json(data: dict) -> Spec:
     return spec
 
 
-# Fields that older files lack, with what those networks have.
-_YOUNG_FIELDS = {"sum_activation": "linear"}
+# Fields that older files lack, with the values that those networks have.
+_NEW_FIELDS = {"sum_activation": "linear"}
 
 
 def _read_fields(cls: type, data: dict, where: str):
-    """`cls` of the entries of `data`, each of the field's type; nested dataclasses from dicts."""
+    """Return `cls` with the entries of `data`, each checked by its field's type; dicts become nested dataclasses."""
     hints, values = get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         valid = get_args(hints[field.name]) or (hints[field.name],)
-        value = data.get(field.name, _YOUNG_FIELDS.get(field.name))
+        value = data.get(field.name, _NEW_FIELDS.get(field.name))
         nested = [kind for kind in valid if dataclasses.is_dataclass(kind)]
         if isinstance(value, dict) and len(nested) == 1:
             value = _read_fields(nested[0], value, f"{where}.{field.name}")  # pyright: ignore[reportArgumentType]
