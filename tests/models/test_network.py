@@ -1,4 +1,4 @@
-"""The network against a textbook in NumPy, its lowerings against each other, what each option does."""
+"""The network against a textbook in NumPy, its lowerings against each other, and the effect of each option."""
 
 import functools
 import math
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 from jax import export
 
@@ -417,7 +418,7 @@ def test_with_batch_statistics_the_offset_of_a_linear_bottleneck_has_no_gradient
 
 
 def _primitives(jaxpr):
-    """Every equation, those inside called jaxprs included."""
+    """Yield every equation of a jaxpr and of the jaxprs it calls."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
@@ -481,6 +482,14 @@ def test_training_on_accelerators_convolves_in_groups(platform):
         assert f"feature_group_count = {row.expanded} " in text
     assert "stablehlo.slice" not in text
     assert "stablehlo.slice" in export.export(jax.jit(gradients), platforms=["cpu"])(variables, images).mlir_module()
+
+
+def test_tabulate_prints_shapes_only():
+    """A call passes arrays and flags to a module, never a module or a spec, whose fields would fill the table."""
+    model = MobileNet(_small("mobilenet_v2", keep=2))
+    table = nn.tabulate(model, jax.random.key(0), console_kwargs={"width": 200})(jnp.zeros((1, 32, 32, 3)))
+    assert "bn_epsilon" not in table
+    assert len(table.splitlines()) < 150
 
 
 # ---- Features, classifier, dilation.
