@@ -386,7 +386,8 @@ def test_options_do_to_the_network_what_they_say(name, options):
 @pytest.mark.parametrize(("name", "keep"), [*((name, None) for name in PAPERS), *CUT.items()])
 def test_every_parameter_gets_a_gradient(name, keep):
     """With `train=False`: no parameter is cut off, none excluded but the keys' offset, which softmax ignores."""
-    model = MobileNet(_small(name, keep=keep))
+    # "plain" compiles faster; that "auto" has the same gradients is tested above.
+    model = MobileNet(_small(name, keep=keep), lowering="plain")
     variables = jax.tree.map(np.float32, _variables(model))
     _, gradients = _loss_and_gradients(model, train=False)(variables, np.float32(_images(64)))
     flat = {path: g for path, g in _flatten(gradients).items() if not path.endswith("key/depthwise/norm/bias")}
@@ -514,7 +515,8 @@ def test_vector_features_and_classifier_are_the_logits(name):
 def _final_map(output_stride):
     spec = _small("mobilenet_v2", convention="torchvision", output_stride=output_stride)
     variables = jax.tree.map(np.float32, _variables(MobileNet(spec)))
-    _, maps = _apply(MobileNet(spec), variables, np.float32(_images(64, batch=1)), features=("final",))
+    model = MobileNet(spec, lowering="plain")
+    _, maps = _apply(model, variables, np.float32(_images(64, batch=1)), features=("final",))
     return np.asarray(maps["final"])
 
 
