@@ -236,9 +236,8 @@ def _split(images):
     """
     parts = math.gcd(len(images), _PARTS)
     folded = images.reshape(-1, parts, *images.shape[1:])
-    folded = folded.astype(
-        jnp.promote_types(images.dtype, jnp.float32)
-    )  # half-precision products are summed in float32
+    # Half-precision products are summed in float32.
+    folded = folded.astype(jnp.promote_types(images.dtype, jnp.float32))
     return [lax.index_in_dim(folded, n, axis=1, keepdims=False) for n in range(parts)]
 
 

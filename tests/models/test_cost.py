@@ -15,13 +15,13 @@ from mobilenet_jax.models.options import BLOCK_FORMS
 from mobilenet_jax.models.spec import Conv, MultiQueryAttention
 from mobilenet_jax.models.zoo import MODELS, make_spec
 
-# Families of the golden table under another name here, and those that are not built.
+# Families that the golden table calls by another name, and families that are not built here.
 RENAMED = {"edgetpu_v1": "edgetpu_100"}
 NOT_BUILT = {"v3_large_deep_x1.2", "v3_large_rw"}
 
 
 def _read_goldens():
-    """Rows of the families built here, each with the (model, width, convention) that builds it.
+    """Yield the rows of the families built here, each with the (model, width, convention) that builds it.
 
     They were counted on the module objects of torchvision 0.29.1, timm 1.0.31 and Keras 3.15.1 (1000 classes), never on
     this package: a row changes only when its framework does.
@@ -41,7 +41,7 @@ PARTS = {"se": "se", "query": "attn", "key": "attn", "value": "attn", "output": 
 
 
 def _kind(cost):
-    """A convolution in the notation of the golden table's `conv_kinds`."""
+    """Return a convolution in the notation of the golden table's `conv_kinds`."""
     op = cost.op
     part = "head" if cost.row in ("hidden", "classifier") else PARTS.get(op.name.split("/")[0])
     suffix = f":{part}" if part else ""
@@ -85,7 +85,7 @@ def test_counts_are_those_of_the_frameworks(row, variant):
 
 @pytest.mark.parametrize(("model", "width", "convention"), COUNTS)
 def test_module_holds_what_the_frameworks_hold(model, width, convention):
-    """The elements of params and batch_stats that the module would create."""
+    """The module creates as many elements of params and batch_stats as the frameworks' modules have."""
     module = MobileNet(make_spec(model, width=width, convention=convention))
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), images)
@@ -97,7 +97,7 @@ def test_module_holds_what_the_frameworks_hold(model, width, convention):
 
 
 def _equations(jaxpr):
-    """Every primitive of a jaxpr and of the jaxprs it calls; of a choice of platform, the default branch's."""
+    """Yield every equation of a jaxpr and of the jaxprs it calls; of a choice of platform, the default branch."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "cond":
             yield from _equations(equation.params["branches"][-1].jaxpr)
@@ -115,7 +115,7 @@ def _equations(jaxpr):
 
 
 def _traced_madds(model, size):
-    """Multiply-adds of the convolutions and matrix products in the trace of one image."""
+    """Return the multiply-adds of the convolutions and matrix products in the trace of one image."""
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
     total = 0
@@ -171,7 +171,7 @@ def test_trap_10_grouped_convolutions_have_one_input_channel_a_group():
     assert cost.madds == 300_774_272
     depthwise = [c for c in cost.ops if isinstance(c.op, DepthwiseOp)]
     assert all(c.madds == c.outputs * 9 for c in depthwise)
-    # Counted with all input channels, as some tools do, they would cost this many times as much.
+    # Some tools count all input channels of a depthwise convolution, and find many times as much.
     assert sum(c.outputs * 9 * c.op.in_channels for c in depthwise) > 5 * cost.madds
 
 
@@ -196,7 +196,7 @@ def test_standard_twin_is_the_network_of_full_convolutions(width, size, conventi
 
 @pytest.mark.parametrize("model", [m for m in MODELS if "_aa_" not in m and "_blur_" not in m])
 def test_depthwise_separability_saves_what_the_paper_says(model):
-    """1704.04861 sec. 3.1: depthwise and pointwise cost 1/N + 1/k^2 of the full convolution, row by row."""
+    """Depthwise and pointwise cost 1/N + 1/k^2 of the full convolution in every row (1704.04861 sec. 3.1)."""
     cost = compute_cost(make_spec(model), 224)
     convs = [c for c in cost.ops if isinstance(c.op, ConvOp) and not c.op.pooled]
     saved = 0
@@ -230,7 +230,7 @@ def test_activation_memory_holds_the_residual():
 
 
 def test_activation_memory_of_attention():
-    """Norm, query, key, value, the scores of 3 heads, what was attended, and the input that waits for the residual."""
+    """Alive at once: norm, query, key, value, scores of 3 heads, attended map, and the input for the residual."""
     row = MultiQueryAttention(filters=8, heads=3, size=5, reduction=2, layer_scale=0.1)
     full = make_spec("mobilenet_v4_hybrid_medium")
     spec = replace(full, stem=Conv(filters=8), blocks=(row,), head=None, hidden=0, num_classes=0)
@@ -239,7 +239,7 @@ def test_activation_memory_of_attention():
     scores = 3 * 60 * 15
     assert cost.attention_madds == 3 * 60 * 15 * (5 + 5)
     assert cost.inference_elements == 60 * 8 + 60 * 8 + query + 2 * key + scores + attended
-    # Both sides of the norms, of the stem and of the two reductions; all else once.
+    # Both sides of the norms, of the stem and of the two reductions; everything else once.
     norms = 2 * (60 * 8 + 60 * 8 + 15 * 8 + 15 * 8)
     assert cost.training_elements == 60 * 3 + norms + query + 2 * 15 * 5 + scores + attended + 60 * 8
     assert cost.params == 8 * 27 + 16 + 16 + 8 * 15 + 2 * (8 * 9 + 16 + 8 * 5) + 15 * 8 + 8

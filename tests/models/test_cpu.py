@@ -39,7 +39,7 @@ CASES = [
 
 
 def _run(case, dtype):
-    """{impl: (output, image gradient, kernel gradient)} of the same random case."""
+    """Return {impl: (output, image gradient, kernel gradient)} of the same random case."""
     k, stride, dilation, padding, shape = case
     generator = np.random.default_rng(0)
     images = jnp.asarray(generator.normal(size=shape), dtype)
@@ -108,7 +108,7 @@ def test_output_is_the_sum_over_the_window():
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_auto_is_the_grouped_convolution_on_accelerators(platform):
-    """Lowered for one platform, the forward and both gradients are convolutions, and nothing is sliced."""
+    """On an accelerator, forward and both gradients are convolutions, and nothing is sliced."""
     conv = functools.partial(depthwise_conv, stride=2, pads=((0, 1), (0, 1)))
     images, kernel = jnp.zeros((2, 8, 8, 6)), jnp.zeros((3, 3, 1, 6))
 

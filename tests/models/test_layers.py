@@ -1,4 +1,4 @@
-"""Each layer in its fast and in its textbook form, and against its formula."""
+"""Each layer in its fast form against its textbook form, and against its formula."""
 
 import functools
 import math
@@ -49,7 +49,7 @@ def test_trap_06_activations_saturate_where_they_should():
     np.testing.assert_array_equal(ACTIVATIONS["relu"](x), [0, 0, 0, 0, 1, 3, 6, 7])
     np.testing.assert_array_equal(ACTIVATIONS["relu6"](x), [0, 0, 0, 0, 1, 3, 6, 6])
     np.testing.assert_allclose(ACTIVATIONS["hard_swish"](x), [0, 0, -1 / 3, 0, 2 / 3, 3, 6, 7], rtol=1e-6)
-    # x times the normal distribution function itself; the tanh formula has 0.8412 at 1.
+    # x times the normal distribution function; the approximation by tanh gives 0.8412 at 1.
     exact = [v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x.tolist()]
     np.testing.assert_allclose(ACTIVATIONS["gelu"](x), exact, rtol=1e-5, atol=1e-6)
 
@@ -82,7 +82,7 @@ def test_trap_08_squeeze_excite_is_reduce_relu_expand_gate(gate):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_norm_is_batch_norm_in_float32(activation):
-    """Outputs, statistics and all gradients by the batch's statistics; 1e-5 of the largest value."""
+    """Outputs, statistics and gradients in training agree to 1e-5 of the largest value."""
     variables = {
         "params": {"scale": 1 + 0.3 * _normal(6), "bias": _normal(6, seed=1)},
         "batch_stats": {"mean": _normal(6, seed=2), "var": 1 + _normal(6, seed=3) ** 2},

@@ -1,4 +1,4 @@
-"""The options, their names in the config, and their errors."""
+"""The options have the names of the config."""
 
 import inspect
 
