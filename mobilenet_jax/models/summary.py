@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from mobilenet_jax.models.cost import Cost, compute_cost
-from mobilenet_jax.models.spec import Spec, to_json
+from mobilenet_jax.models.spec import Spec
+from mobilenet_jax.models.spec_json import to_json
 
 _BYTES = 4  # of a float32 number
 

@@ -11,7 +11,7 @@ def _normal(*shape, seed):
 
 
 def _inputs():
-    """Queries of 3 heads of 4 channels on 5x3 pixels, keys and values on 2x2 of them."""
+    """Return queries of 3 heads of 4 channels on 5x3 pixels, and keys and values on 2x2 pixels."""
     return _normal(2, 5, 3, 12, seed=0), _normal(2, 2, 2, 4, seed=1), _normal(2, 2, 2, 6, seed=2)
 
 
@@ -37,7 +37,7 @@ def test_a_constant_added_to_all_keys_changes_nothing():
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_trap_21_bfloat16_scores_are_float32(scale):
-    """Scores of hundreds neither overflow nor lose the differences that decide the shares."""
+    """Scores in the hundreds do not overflow, and keep the differences that decide the shares."""
     inputs = [jnp.array(x, jnp.bfloat16) for x in _inputs()]
     query, key, value = inputs[0] * scale, inputs[1], inputs[2]
     found = attend(query, key, value, heads=3)

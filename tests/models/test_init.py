@@ -22,7 +22,7 @@ from mobilenet_jax.models.spec import (
 )
 from mobilenet_jax.models.zoo import MODELS, make_spec
 
-# A net with every kind of row, for linen compiles a generator for each kernel.
+# A small network with every kind of row, because linen compiles a generator for each kernel.
 BLOCKS = (
     Separable(filters=64),
     InvertedResidual(expanded=512, filters=128, kernel=5, se=SqueezeExcite()),
@@ -30,7 +30,7 @@ BLOCKS = (
     UniversalInverted(expanded=192, filters=96, start=3, kernel=3),
     MultiQueryAttention(filters=96, heads=2, size=48, reduction=2, layer_scale=1e-5),
 )
-# Standard deviation of each kernel under "he": sqrt(2 / (k*k*C_out/groups)), the classifier's apart.
+# Standard deviation of each kernel under "he": sqrt(2 / (k*k*C_out/groups)), except the classifier's and attention's.
 HE = {
     "stem/conv": math.sqrt(2 / (9 * 48)),
     "block_00/depthwise/conv": math.sqrt(2 / 9),
@@ -62,14 +62,16 @@ def _flatten(tree) -> dict[str, Any]:
 
 @functools.cache
 def _kernels(model, init, how):
-    """{path: kernel} by NumPy or by linen's own initialisers; of `model`'s constants, with the rows above."""
+    """Return {path: kernel}, drawn by NumPy or by linen, of a network with the rows above and `model`'s constants."""
     spec = make_spec(model, num_classes=100, init=init)
     head = Conv(filters=256, kernel=1)
     module = MobileNet(replace(spec, stem=Conv(filters=48), blocks=BLOCKS, head=head, hidden=320))
     if how == "numpy":
         variables = init_variables(module, seed=3)
     else:
-        variables = jax.jit(module.init)(jax.random.key(3), jnp.zeros((1, 8, 8, 3)))
+        # Compiling a generator for each kernel takes the time of this test.
+        init = jax.jit(module.init, compiler_options={"xla_backend_optimization_level": 0})
+        variables = init(jax.random.key(3), jnp.zeros((1, 8, 8, 3)))
     flat = _flatten(variables["params"])
     return {path.removesuffix("/kernel"): np.asarray(v) for path, v in flat.items() if path.endswith("kernel")}
 
@@ -124,7 +126,7 @@ def test_values_depend_on_seed_and_path_alone():
     assert all((first[path] != other_seed[path]).any() for path in kernels)
     # No two kernels share their numbers.
     assert len({first[path].ravel()[:4].tobytes() for path in kernels}) == len(kernels)
-    # Taking layers away changes none of those that stay.
+    # Adding layers changes no other layer.
     headless = _init("mobilenet_v2", 0, shortcut="none")
     assert headless.keys() == first.keys()
     with_se = _init("mobilenet_v2", 0, se_ratio=0.25)
@@ -149,7 +151,7 @@ def test_norms_start_as_the_identity():
 
 @pytest.mark.parametrize("model", [m for m in MODELS if ("_conv_medium" not in m and "_large" not in m) or "_v3_" in m])
 def test_structure_is_linens(model):
-    # The groups of EdgeTPU's second version divide its channels at width 1.
+    # The groups of EdgeTPU's version 2 divide its channels at width 1 only.
     module = create_model(model, num_classes=10, width=1.0 if "edgetpu" in model else 0.25)
     linen = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     numpy = init_variables(module, seed=0)

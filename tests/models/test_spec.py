@@ -7,9 +7,9 @@ from typing import Any, cast
 import pytest
 
 from mobilenet_jax.models.cost import compute_cost
+from mobilenet_jax.models.ops import ConvOp, DepthwiseOp, pads
+from mobilenet_jax.models.options import BLOCK_FORMS, OPTIONS, with_activation, with_shallow
 from mobilenet_jax.models.spec import (
-    BLOCK_FORMS,
-    OPTIONS,
     Conv,
     FusedInvertedResidual,
     InvertedResidual,
@@ -17,30 +17,26 @@ from mobilenet_jax.models.spec import (
     Residual,
     Separable,
     UniversalInverted,
-    from_json,
     make_divisible,
-    pads,
-    to_json,
-    with_activation,
-    with_shallow,
 )
+from mobilenet_jax.models.spec_json import from_json, to_json
 from mobilenet_jax.models.zoo import CONVENTIONS, MODELS, make_spec
 
 INVERTED = [name for name in MODELS if name != "mobilenet_v1"]
 
 
 def _blocks(spec):
-    """The inverted residual rows of a spec with their input channels."""
+    """Return the inverted residual rows of a spec with their input channels."""
     return [(row, channels) for _, row, channels in spec.rows() if isinstance(row, InvertedResidual)]
 
 
 def _activations(spec):
-    """The activation of each row of a spec that has one."""
+    """Return the activation of each row of a spec that has one."""
     return [row.activation for _, row, _ in spec.rows() if not isinstance(row, MultiQueryAttention)]
 
 
 def _residuals(spec):
-    """Whether each row of a spec has a residual."""
+    """Return, for each row of a spec, true if it has a residual."""
     return [isinstance(row, Residual) and row.has_residual(channels) for _, row, channels in spec.rows()]
 
 
@@ -108,6 +104,7 @@ def test_trap_05_stride_two_pads_by_convention():
     # Keras' V1 pads (0, 1) before a strided depthwise whatever the parity; its stem pads as TensorFlow.
     spec = make_spec("mobilenet_v1", convention="keras")
     stem, block = spec.stem.ops(3)[0], spec.blocks[1].ops(64)[0]
+    assert isinstance(block, DepthwiseOp)
     assert (stem.pads(33, 32, "keras_v1"), block.pads(33, 32, "keras_v1")) == (
         ((1, 1), (0, 1)),
         ((0, 1), (0, 1)),
@@ -188,7 +185,7 @@ def test_trap_07_v3_width_scales_every_row():
 
 
 def test_trap_04_strides_sit_where_the_papers_put_them():
-    """The rows at stride 2, the stem apart, and what they cost at 224 px."""
+    """The blocks at stride 2, and the cost of the network at 224 px."""
     strided = {
         name: [i for i, row in enumerate(make_spec(name).blocks) if row.stride == 2]
         for name in ("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
@@ -229,7 +226,7 @@ def test_trap_08_squeeze_excite_is_a_quarter_of_the_expansion(name):
         if row.se:
             assert row.se.channels(row.expanded) == make_divisible(row.expanded / 4)
             assert row.se.gate == "hard_sigmoid"
-            assert [op.name for op in row.ops(8)][-4:] == ["depthwise", "se/reduce", "se/expand", "project"]
+            assert [op.name for op in row.ops(8)][-3:] == ["depthwise", "se", "project"]
     count = sum(row.se is not None for row, _ in _blocks(make_spec(name)))
     assert count == {"mobilenet_v3_large": 8, "mobilenet_v3_small": 9}.get(name, 0)
 
@@ -258,19 +255,23 @@ def test_trap_11_linear_bottlenecks_and_residuals(name, residuals):
 def test_universal_bottleneck_has_four_forms(start, middle, stride, expected):
     row = UniversalInverted(expanded=64, filters=16, start=start, kernel=middle, stride=stride)
     ops = row.ops(16)
-    assert [(op.name, op.kernel, op.stride) for op in ops] == expected
+    assert [(op.name, op.kernel, op.stride) for op in ops if isinstance(op, ConvOp)] == expected
+    assert all(isinstance(op, DepthwiseOp) == op.name.endswith("depthwise") for op in ops)
     # No activation behind the first depthwise and the projection.
-    assert {op.name: op.activation for op in ops if op.activation != "linear"} == {
+    assert {op.name: op.activation for op in ops if isinstance(op, ConvOp) and op.activation != "linear"} == {
         name: "relu" for name, *_ in expected if name in ("expand", "depthwise")
     }
     # Antialiased, the convolution that had the stride leaves it to the filter behind it.
-    spread = [[(n, k, 1), ("pool", 0, 2)] if s == 2 else [(n, k, s)] for n, k, s in expected]
-    antialiased = [(op.name, op.kernel, op.stride) for op in replace(row, antialias="avg").ops(16)]
+    spread = [[(n, k, 1), "avg"] if s == 2 else [(n, k, s)] for n, k, s in expected]
+    antialiased = [
+        (op.name, op.kernel, op.stride) if isinstance(op, ConvOp) else getattr(op, "antialias", None)
+        for op in replace(row, antialias="avg").ops(16)
+    ]
     assert antialiased == [op for ops in spread for op in ops]
 
 
 def test_v4_forms_are_the_papers():
-    """How many rows of each form: extra depthwise, inverted bottleneck, ConvNext-like, feed-forward, attention."""
+    """Count the rows: extra depthwise, inverted bottleneck, ConvNext-like, feed-forward, attention."""
 
     def count(size):
         rows = make_spec(f"mobilenet_v4_{size}").blocks
@@ -310,19 +311,20 @@ def test_activation_everywhere():
 
 def test_projection_activation():
     spec = make_spec("mobilenet_v2", projection_activation="relu6")
-    assert [op.activation for row, c in _blocks(spec) for op in row.ops(c) if op.name == "project"] == 17 * ["relu6"]
+    ops = [op for row, c in _blocks(spec) for op in row.ops(c)]
+    assert [op.activation for op in ops if isinstance(op, ConvOp) and op.name == "project"] == 17 * ["relu6"]
 
 
 def test_sum_activation():
     assert make_spec("mobilenet_v2").sum_activation == "linear"
     assert make_spec("mobilenet_v2", sum_activation="relu6").sum_activation == "relu6"
     old = to_json(make_spec("mobilenet_v2"))
-    del old["sum_activation"]  # as files have it that are older than the field
+    del old["sum_activation"]  # files written before the field existed lack it
     assert from_json(old) == make_spec("mobilenet_v2")
 
 
 def test_hard_swish_from_counts_blocks():
-    """Of V3-Large: 6 is the table, 0 has it everywhere; stem and last layers keep it always."""
+    """In V3-Large, 6 is the table and 0 is hard-swish everywhere; stem and last layers always keep it."""
     assert make_spec("mobilenet_v3_large", hard_swish_from=6) == make_spec("mobilenet_v3_large")
     everywhere = make_spec("mobilenet_v3_large", activation="hard_swish")
     assert make_spec("mobilenet_v3_large", hard_swish_from=0) == everywhere
@@ -332,7 +334,7 @@ def test_hard_swish_from_counts_blocks():
 
 
 def test_block_forms_are_those_of_figure_2():
-    """1801.04381 Fig. 2: channels, kernels and strides of the table, other layers between."""
+    """The forms of 1801.04381 Fig. 2 keep the table's channels, kernels and strides, with other layers between."""
     for name, forms in (("mobilenet_v1", ("regular", "separable")), ("mobilenet_v2", BLOCK_FORMS)):
         for form in forms:
             table, spec = make_spec(name), make_spec(name, block_form=form)
@@ -350,7 +352,7 @@ def test_block_forms_are_those_of_figure_2():
     assert compute_cost(linear, 32).params == 3_504_872
     small = make_spec("mobilenet_v2", block_form="inverted_residual", stride_one=(0, 2))
     assert sum(_residuals(small)) == 10
-    # Dilation and strides come after: they are what any row has.
+    # Dilation and strides come after, because every row has them.
     dilated = make_spec("mobilenet_v2", block_form="regular", output_stride=8)
     assert [row.dilation for row in dilated.blocks][-1] == 4
 
@@ -402,7 +404,7 @@ def test_head_width():
 
 
 def _sizes(spec, size):
-    """Side of the map behind each row that changes it."""
+    """Return the side of the map behind each row that changes it."""
     sides = [size]
     for cost in compute_cost(spec, size).ops:
         if not cost.op.pooled and cost.height != sides[-1]:
@@ -456,7 +458,7 @@ def test_feature_names_mark_the_last_row_of_each_stride():
         "final": "head",
     }
     assert make_spec("mobilenet_v3_small").taps()["stride2"] == "stem"
-    # The modules that timm's features are: blocks.0.1, blocks.1.1, blocks.2.5, blocks.3.5, blocks.4.
+    # timm takes its features from blocks.0.1, blocks.1.1, blocks.2.5, blocks.3.5 and blocks.4.
     assert list(make_spec("mobilenet_v4_conv_small").taps().values())[2:] == [
         "block_01",
         "block_03",

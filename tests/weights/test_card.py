@@ -4,7 +4,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from mobilenet_jax.models.spec import to_json
+from mobilenet_jax.models.spec_json import to_json
 from mobilenet_jax.models.zoo import make_spec
 from mobilenet_jax.weights import WeightsError
 from mobilenet_jax.weights.card import (
