@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import pytest
-from mobilenet_jax.training.plan import make_plan
 from PIL import Image
 
 from configs import base, fashion_mnist, transfer
@@ -23,6 +22,7 @@ from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.training import run as train
 from mobilenet_jax.training.config import flatten_config
+from mobilenet_jax.training.plan import make_plan
 from mobilenet_jax.training.run import Run, build_model, train_and_evaluate
 from mobilenet_jax.training.sharding import make_mesh
 from mobilenet_jax.weights.card import IMAGENET, make_card

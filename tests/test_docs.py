@@ -163,9 +163,7 @@ def test_a_command_is_run_here_or_its_block_says_what_it_needs(block):
         return
     for text in split_commands(block.text):
         known = INSTALLATION.match(text) or text == "python -m pytest -n 2" or parse_command(block, text)
-        assert known, (
-            f"{block.place}: no test runs {text!r}; write <!-- needs: ... --> or <!-- run by: tests/... --> above the block"
-        )
+        assert known, f"{block.place}: no test runs {text!r}; mark its block: needs or run by"
 
 
 @pytest.mark.parametrize("command", RUNS, ids=lambda command: command.block.place)
