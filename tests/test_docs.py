@@ -32,9 +32,9 @@ MARK = r"(?:^<!-- (?P<mark>(?:needs|run by): .+?) -->\n)?"
 FENCE = re.compile(MARK + r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 # Steps of an installation. What they install is checked against pyproject.toml, by name.
 INSTALLATION = re.compile(r"python3 -m venv|\. \.venv/bin/activate$|pip install|pre-commit install$|mkdocs serve$")
-# What makes a command short, after its own arguments.
-TINY = ["--config.train.steps=2", "--config.data.image_size=16", "--config.model.width=0.1"]
-TINY += ["--config.model.lowering=plain", "--config.model.shallow=True", "--config.model.expansion=2.0"]
+# What makes a command short, after its own arguments: two steps of a V1 with eight blocks.
+TINY = ["--config.train.steps=2", "--config.data.image_size=16", "--config.model.name=mobilenet_v1"]
+TINY += ["--config.model.width=0.1", "--config.model.lowering=plain", "--config.model.shallow=True"]
 LIGHT = {
     "mobilenet_jax.main": TINY,
     "mobilenet_jax.ablate": ["--dry_run"],
