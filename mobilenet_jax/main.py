@@ -1,6 +1,6 @@
 """Train or evaluate a MobileNet: python -m mobilenet_jax.main --config configs/v2.py [--config.KEY=VALUE ...]
 
-The same command continues a run that was stopped, and prints the result of one that is finished.
+The same command continues a run that was stopped, and prints the result of a run that is finished.
 """
 
 import argparse
@@ -12,14 +12,14 @@ from pathlib import Path
 from mobilenet_jax.cli.allocator import restart_tuned
 from mobilenet_jax.cli.config import apply_preprocessing, load_config, split_overrides
 from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
-from mobilenet_jax.cli.flags import add_cache_flag
-from mobilenet_jax.cli.startup import configure_memory, show_own_messages
+from mobilenet_jax.cli.flags import add_cache_flag, add_cluster_flags
+from mobilenet_jax.cli.startup import configure_jax, show_own_messages
 
 _START = time.perf_counter()
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(flags, overrides): the overrides are the --config.KEY=VALUE arguments, wherever they stand."""
+    """Return (flags, overrides): the overrides are the --config.KEY=VALUE arguments, wherever they stand."""
     parser = argparse.ArgumentParser(
         prog="python -m mobilenet_jax.main",
         description=__doc__,
@@ -29,112 +29,110 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "configs/base.py lists all keys",
     )
     parser.add_argument("--config", required=True, help="a config file, with an argument as FILE:ARGUMENT")
-    parser.add_argument("--workdir", help="where checkpoints, metrics and figures go; default: runs/NAME")
+    parser.add_argument("--workdir", help="folder of checkpoints, metrics and figures; default: runs/NAME")
     parser.add_argument("--mode", choices=("train", "eval"), default="train", help="default: train")
     parser.add_argument(
         "--weights",
-        help="with --mode=eval: what to evaluate instead of the run in the workdir: a file, the workdir of a run, or a "
-        "name as torchvision/mobilenet_v2; images are prepared as its card says",
+        help="with --mode=eval: evaluate these weights, not the run in the workdir: a file, the workdir of a run, "
+        "or a name as torchvision/mobilenet_v2; images are prepared as the card of the weights says",
     )
     parser.add_argument("--name", help="the model of these weights, as timm/tf_mobilenetv3_large_100, if need be")
+    parser.add_argument(
+        "--profile",
+        type=_parse_steps,
+        metavar="START:STOP",
+        help="trace these training steps into WORKDIR/profile, for TensorBoard and Perfetto",
+    )
     add_cache_flag(parser)
-    parser.add_argument("--distributed", action="store_true", help="find the cluster (TPU pod, SLURM) and join it")
-    parser.add_argument("--coordinator_address", help="HOST:PORT of process 0, to join by hand")
-    parser.add_argument("--num_processes", type=int, help="with --coordinator_address")
-    parser.add_argument("--process_id", type=int, help="with --coordinator_address")
+    add_cluster_flags(parser)
     arguments, overrides = split_overrides(argv)
     return parser.parse_args(arguments), overrides
 
 
-def configure_jax(flags: argparse.Namespace) -> None:
-    """Join the other processes, if any, keep compiled programs on disk, and a CPU's buffers in memory."""
-    import jax
-
-    print(configure_memory(flags.compilation_cache), file=sys.stderr)
-    if flags.coordinator_address:
-        jax.distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
-    elif flags.distributed:
-        jax.distributed.initialize()
+def _parse_steps(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r}; valid: START:STOP with 1 <= START <= STOP")
+    return int(first), int(last)
 
 
-def run(flags: argparse.Namespace, config) -> int:
-    """Train or evaluate; return the exit code."""
-    from mobilenet_jax.data.decode import UnreadableImageError
-    from mobilenet_jax.training.run import NonFiniteError, Run
+def train(flags: argparse.Namespace, config, workdir: str) -> str | None:
+    """Train; return the result as JSON, or None if a signal stopped the run."""
+    from mobilenet_jax.training.run import train_and_evaluate
 
-    show_own_messages()
-    configure_jax(flags)
-    workdir = flags.workdir or f"runs/{config.name}"
-    if not flags.workdir:
-        print(f"workdir: {workdir}", file=sys.stderr)
-    imported = time.perf_counter() - _START
-    try:
-        prepared = Run(config, workdir)
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
-    with prepared:
-        prepared.seconds = {"import": imported, **prepared.seconds}
-        try:
-            if flags.mode == "eval":
-                print(json.dumps(prepared.evaluate()))
-                return 0
-            if prepared.finished_result:
-                print(f"{workdir} is finished; more train.epochs or train.steps continue it", file=sys.stderr)
-            elif prepared.start_step:
-                print(f"continuing {workdir} from step {prepared.start_step:,}", file=sys.stderr)
-            result = prepared.train()
-        except (NonFiniteError, UnreadableImageError, OSError) as error:
-            print(error, file=sys.stderr)
-            return 1
+    seconds = {"import": time.perf_counter() - _START}
+    result = train_and_evaluate(config, workdir, profile=flags.profile, seconds=seconds)
     if "stopped" in result:
         print(f"{result['stopped']}: saved at step {result['step']:,}; the same command continues", file=sys.stderr)
-        return 0
+        return None
     print(
         f"result of {workdir}: top1 {result['top1']:.4f}, loss {result['loss']:.4f}, on {result['count']} images, "
         f"{result['variables']} variables of step {result['step']:,}",
         file=sys.stderr,
     )
-    print(json.dumps(result))
-    return 0
+    return json.dumps(result)
 
 
-def run_weights(flags: argparse.Namespace, config, overrides: list[str]) -> int:
-    """Evaluate weights on the config's data, prepared as their card says but for overrides; return the exit code."""
+def evaluate_weights(flags: argparse.Namespace, config, workdir: str, overrides: list[str]) -> str:
+    """Evaluate --weights on the data of the config, write evaluation.json; return the metrics as JSON.
+
+    Images are prepared as the card of the weights says, except for overrides.
+    """
     from mobilenet_jax.data.decode import UnreadableImageError
-    from mobilenet_jax.training.evaluate import evaluate_weights
+    from mobilenet_jax.training import evaluate
     from mobilenet_jax.weights.load import load_weights
     from mobilenet_jax.workdir.files import write_json_atomic
 
-    if flags.mode != "eval":
-        raise UsageError("--weights is for --mode=eval; training starts from --config.init")
-    show_own_messages()
-    configure_jax(flags)
-    path = Path(flags.workdir or f"runs/{config.name}") / "evaluation.json"
+    path = Path(workdir) / "evaluation.json"
     try:
         weights = load_weights(flags.weights, flags.name)
         apply_preprocessing(config, weights[2], overrides)
-        result = evaluate_weights(weights, config.data)
+        result = evaluate.evaluate_weights(weights, config.data)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, result)
-    except UnreadableImageError as error:
-        print(error, file=sys.stderr)
-        return 1
+    except UnreadableImageError:
+        raise
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     print(f"written to {path}", file=sys.stderr)
-    print(json.dumps(result))
+    return json.dumps(result)
+
+
+def run(flags: argparse.Namespace, overrides: list[str]) -> int:
+    """Do what the command line says; return the exit code. Raises UsageError for a command that cannot be obeyed."""
+    config = load_config(flags.config, overrides)
+    if flags.weights and flags.mode != "eval":
+        raise UsageError("--weights is for --mode=eval; training starts from --config.init")
+    show_own_messages()
+    configure_jax(flags)
+    from mobilenet_jax.data.decode import UnreadableImageError
+    from mobilenet_jax.training.run import NonFiniteError, RefusedError, evaluate_run
+
+    workdir = flags.workdir or f"runs/{config.name}"
+    if not (flags.workdir or flags.weights):
+        print(f"workdir: {workdir}", file=sys.stderr)
+    try:
+        if flags.weights:
+            text = evaluate_weights(flags, config, workdir, overrides)
+        elif flags.mode == "eval":
+            text = json.dumps(evaluate_run(config, workdir))
+        else:
+            text = train(flags, config, workdir)
+    except RefusedError as error:
+        raise UsageError(str(error)) from error
+    except (NonFiniteError, UnreadableImageError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if text:
+        print(text)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; return the exit code: 0, 1 for a run that failed, 2 for a command that cannot be obeyed."""
+    """Run the command line; return the exit code: 0, 1 for a run that failed, 2 for a command that cannot be obeyed."""
     flags, overrides = parse(sys.argv[1:] if argv is None else argv)
-
-    def obey() -> int:
-        config = load_config(flags.config, overrides)
-        return run_weights(flags, config, overrides) if flags.weights else run(flags, config)
-
-    return get_exit_code(obey, interrupted="interrupted; the same command continues from the last checkpoint")
+    again = "interrupted; the same command continues from the last checkpoint"
+    return get_exit_code(lambda: run(flags, overrides), interrupted=again)
 
 
 if __name__ == "__main__":

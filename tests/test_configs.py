@@ -20,10 +20,12 @@ from mobilenet_jax.data.sources import DataInfo, open_source
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
-from mobilenet_jax.training import run as train
+from mobilenet_jax.training import build
+from mobilenet_jax.training.build import build_model
 from mobilenet_jax.training.config import flatten_config
 from mobilenet_jax.training.plan import make_plan
-from mobilenet_jax.training.run import Run, build_model, train_and_evaluate
+from mobilenet_jax.training.result import count_trained
+from mobilenet_jax.training.run import train_and_evaluate
 from mobilenet_jax.training.sharding import make_mesh
 from mobilenet_jax.weights.card import IMAGENET, make_card
 from mobilenet_jax.weights.save import save_weights
@@ -106,7 +108,7 @@ def write_uc_merced(root: Path) -> None:
 
 def test_uc_merced_trains_26901_parameters_on_70_percent(tmp_path, monkeypatch):
     """The published protocol, of which only the photographs and the weights are made up."""
-    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(build, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     write_uc_merced(tmp_path / "photographs")
     model = create_model("mobilenet_v2", convention="torchvision")
     card = make_card(
@@ -124,13 +126,13 @@ def test_uc_merced_trains_26901_parameters_on_70_percent(tmp_path, monkeypatch):
     assert config.data.source == "tfds:uc_merced"
     config.data.update({"source": "folder", "path": str(tmp_path / "photographs")})
     config.init = str(tmp_path / "w.safetensors")
-    with Run(config, tmp_path / "run") as run:
-        assert (run.info.num_classes, run.info.train_count, run.info.eval_count) == (21, 1470, 630)
-        assert run._count_trained() == 26_901 == 1280 * 21 + 21
-        assert (run.model.spec.name, run.model.freeze_stats) == ("mobilenet_v2", True)
-        assert run.config.data.image_size == 224
-        assert tuple(run.config.data.mean) == IMAGENET.mean
-        assert run.plan.total_steps == math.ceil(20 * 1470 / 32)
+    setup = build.build(config, tmp_path / "run")
+    assert (setup.info.num_classes, setup.info.train_count, setup.info.eval_count) == (21, 1470, 630)
+    assert count_trained(setup, build.list_param_shapes(setup.model.spec)) == 26_901 == 1280 * 21 + 21
+    assert (setup.model.spec.name, setup.model.freeze_stats) == ("mobilenet_v2", True)
+    assert setup.config.data.image_size == 224
+    assert tuple(setup.config.data.mean) == IMAGENET.mean
+    assert setup.plan.total_steps == math.ceil(20 * 1470 / 32)
     held_out, trained = ([open_source(config.data, split)[i].name for i in range(n)] for split, n in SPLIT_SIZES)
     assert len({*held_out, *trained}) == 2100  # nothing is in both
 
@@ -314,7 +316,7 @@ def test_v2_learning_rate_is_that_of_a_worker():
 
 
 def test_hybrid_v4_on_digits_takes_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(build, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     config = get_config("v4", "hybrid_medium,digits")
     assert config.name == "mobilenet_v4_hybrid_medium_digits"
     config.model.width = 0.25
@@ -330,7 +332,7 @@ def test_hybrid_v4_on_digits_takes_steps(tmp_path, monkeypatch):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_imagenet_recipe_runs_three_steps(recipe, tmp_path, monkeypatch):
     # Compiling for all devices of the test would take ten times as long; several devices are `test_sharding`'s.
-    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(build, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     config = get_config(recipe, "imagenet")
     config.model.width = 0.25
     config.data.update({"source": "fake:64", "num_classes": 1000, "image_size": 32, "workers": 0})

@@ -11,7 +11,7 @@ from configs import base
 from mobilenet_jax.diagnose import main, open_images, parse
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
-from mobilenet_jax.training import run as train
+from mobilenet_jax.training import build
 from mobilenet_jax.training.run import train_and_evaluate
 from mobilenet_jax.training.sharding import make_mesh
 from mobilenet_jax.weights.card import HALF, make_card
@@ -74,7 +74,7 @@ def test_planted_dead_filters_arrive_in_all_files(weights, tmp_path, capsys):
 
 
 def test_a_run_logs_dead_filters_and_is_diagnosed_with_its_gradient_norms(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(build, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     config = base.get_config()
     settings = {
         "model.name": "mobilenet_v1",

@@ -13,11 +13,12 @@ import pytest
 from mobilenet_jax import main as main_module
 from mobilenet_jax.cli.config import load_config
 from mobilenet_jax.cli.exit_codes import UsageError
+from mobilenet_jax.data.loader import TrainIterator
 from mobilenet_jax.main import main
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
-from mobilenet_jax.training import evaluate
-from mobilenet_jax.training import run as train
+from mobilenet_jax.training import build, evaluate
+from mobilenet_jax.training import run as run_module
 from mobilenet_jax.training.sharding import make_mesh
 from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.save import save_weights
@@ -41,7 +42,7 @@ TINY = [
 @pytest.fixture(autouse=True)
 def keep_process(monkeypatch):
     """One device, and nothing of what a command sets for its process outlives the test."""
-    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(build, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     monkeypatch.setattr(main_module, "configure_jax", lambda flags: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
     sys.modules.pop("config_config", None)  # where ml_collections has the last config file
@@ -142,7 +143,7 @@ def test_no_traceback_reaches_the_terminal(tmp_path):
 
 
 def test_interruption_before_the_first_step_is_said(capsys, monkeypatch):
-    def interrupt(flags, config):
+    def interrupt(flags, overrides):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main_module, "run", interrupt)
@@ -151,10 +152,10 @@ def test_interruption_before_the_first_step_is_said(capsys, monkeypatch):
 
 
 def test_errors_of_the_program_itself_are_not_hidden(monkeypatch, tmp_path):
-    def fail(self):
+    def fail(*arguments, **options):
         raise ValueError("a mistake in the code")
 
-    monkeypatch.setattr(train.Run, "train", fail)
+    monkeypatch.setattr(run_module, "train", fail)
     with pytest.raises(ValueError, match="a mistake in the code") as error:
         main([CONFIG, f"--workdir={tmp_path}", *TINY])
     assert not isinstance(error.value, UsageError)
@@ -167,15 +168,15 @@ def test_a_run_is_stopped_continued_finished_and_evaluated(capsys, tmp_path, mon
     """One command four times: SIGTERM at step 2, the rest, its result again; then --mode=eval."""
     monkeypatch.chdir(tmp_path)
     command = [CONFIG, *TINY]
-    original = train.Run._next_batch
+    original = TrainIterator.__next__
 
     def next_batch(self):
-        if int(self._state.step) == 1:
+        if self.get_state()["next_batch"] == 1:
             signal.raise_signal(signal.SIGTERM)
         return original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "_next_batch", next_batch)
+        patch.setattr(TrainIterator, "__next__", next_batch)
         assert main(command) == 0
     stopped = capsys.readouterr()
     assert "workdir: runs/mobilenet_v1_digits" in stopped.err

@@ -1,7 +1,9 @@
 """What commands set up before JAX computes: messages, and compiled programs on disk."""
 
+import argparse
 import logging
 import os
+import sys
 from pathlib import Path
 
 from mobilenet_jax.cli.allocator import describe_allocator
@@ -15,6 +17,17 @@ def configure_memory(folder: str) -> str:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return describe_allocator()
+
+
+def configure_jax(flags: argparse.Namespace) -> None:
+    """Configure memory and compiled programs, and join the other processes, if the flags name any."""
+    import jax
+
+    print(configure_memory(flags.compilation_cache), file=sys.stderr)
+    if flags.coordinator_address:
+        jax.distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
+    elif flags.distributed:
+        jax.distributed.initialize()
 
 
 def show_own_messages() -> None:

@@ -1,30 +1,32 @@
 """Dead filters: how many there are, while a network trains."""
 
+import functools
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mobilenet_jax.models.folded import list_layers
 from mobilenet_jax.models.spec import Spec
 
-# Of a filter's norm over that of a usual one of its layer. A channel whose response is a hundredth of the others' is
-# below one step of their int8 scale (1/127 of the largest weight), and adds 1e-4 of a usual channel's power.
+# A filter is dead if its norm is below this share of the norm of a usual filter of its layer. The response of such a
+# channel is below one step of the int8 scale of the others (1/127 of the largest weight), and adds 1e-4 of the power of
+# a usual channel.
 DEAD = 1e-2
-# Of the largest norm: what is below is no example of a usual filter. Weight decay takes a filter without gradient to
-# 1e-10 and less in a training run, and no living ones were seen a million times apart.
+# A filter below this share of the largest norm does not count when the usual norm is found. Weight decay takes a filter
+# without gradient to 1e-10 and less, and no two living filters were seen that differ a million times.
 _NEGLIGIBLE = 1e-6
 
 
 def relative_norms(kernel: Any, factor: Any, *, xp: ModuleType = np) -> Any:
-    """Norm of each filter of a kernel [..., C] times its `factor` [C], over that of a usual filter of the layer: [C].
+    """Return [C]: the norm of each filter of a kernel [..., C] times `factor` [C], over the norm of a usual filter.
 
-    With the batch norm folded in, `factor` is scale / sqrt(variance + epsilon): a filter is as dead by a scale of 0 as
-    by weights of 0, and one with small weights that batch norm scales up is alive. The usual norm is the median of
-    those above 1e-6 of the largest: it stands where most filters of a layer are gone, and where a few are 1000 times
-    the rest.
-    All are 0 in a layer of zeros. `xp` is NumPy, or jax.numpy under `jit`.
+    `factor` folds the batch norm in: scale / sqrt(variance + epsilon). A scale of 0 kills a filter as weights of 0 do,
+    and a filter with small weights that batch norm scales up is alive. The usual norm is the median of the norms above
+    1e-6 of the largest. It is right even if most filters of a layer are dead, or if a few are 1000 times the others.
+    All relative norms are 0 in a layer of zeros. `xp` is NumPy, or jax.numpy under `jit`.
     """
     norms = xp.sqrt(xp.sum(xp.square(kernel), axis=tuple(range(kernel.ndim - 1)))) * xp.abs(factor)
     largest = xp.max(norms)
@@ -33,11 +35,13 @@ def relative_norms(kernel: Any, factor: Any, *, xp: ModuleType = np) -> Any:
     return norms / xp.where(usual > 0, usual, 1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def count_dead_filters(spec: Spec, params: Any, batch_stats: Any) -> dict[str, tuple[Any, Any]]:
-    """Counts over all depthwise layers as (count, 1), for a training run's metrics; runs under `jit`.
+    """Return counts as pairs (count, 1), for the metrics of a training run.
 
-    `dead_filters`; `filters_below_1e-4` to `_1e-1` of a usual filter of the layer, a histogram in decades; and
-    `variances_below_epsilon` of all batch norms.
+    `dead_filters` counts the dead filters of all depthwise layers, `filters_below_1e-4` to `filters_below_1e-1` those
+    whose relative norm is below that number, and `variances_below_epsilon` the running variances of all batch norms
+    that are smaller than epsilon.
     """
     below = dict.fromkeys(("1e-4", "1e-3", "1e-2", "1e-1"), jnp.zeros(()))
     dead = variances = jnp.zeros(())

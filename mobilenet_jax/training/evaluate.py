@@ -1,7 +1,7 @@
 """Exact evaluation: every image counted once, whatever the batch size, the devices or the hosts."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,35 +12,57 @@ from mobilenet_jax.data.loader import make_eval_batches
 from mobilenet_jax.data.sources import eval_split, open_source
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.network import MobileNet
-from mobilenet_jax.training.sharding import check_batch_size, make_mesh, put_batch, replicate, shard_eval_step
-from mobilenet_jax.training.steps import eval_step
+from mobilenet_jax.training.sharding import make_mesh, put_batch, replicate, shard_eval_step
+from mobilenet_jax.training.steps import TrainState, eval_step
+from mobilenet_jax.training.task import Task
+from mobilenet_jax.training.validate import check_data
 
 
 class Evaluation(NamedTuple):
-    """What was counted on a data set."""
+    """The counts of an evaluation."""
 
     metrics: dict[str, float]  # loss, top1, top5, ece, count
-    classes: np.ndarray  # int [2, K]: images of each class, and those of them answered right
-    confusion: np.ndarray | None  # int [K, K]: true classes in rows, predicted ones in columns; up to 100 classes
+    classes: np.ndarray  # int [2, K]: images of each class, and the correct answers among them
+    confusion: np.ndarray | None  # int [K, K]: true classes in rows, predicted classes in columns; up to 100 classes
 
 
 def evaluate(
     step: Callable, variables: dict, batches: Iterable[dict[str, np.ndarray]], *, count: int, mesh: Mesh
 ) -> Evaluation:
-    """The metrics of `variables` on all of `batches`.
+    """Return the metrics of one set of variables, as `evaluate_all` does of several."""
+    return evaluate_all(step, {"": variables}, batches, count=count, mesh=mesh)[""]
 
-    `step` is a sharded `steps.eval_step`; `batches` are this process's. Sums are added in float64 and divided
-    once. `ece` is the expected calibration error of 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599,
+
+def evaluate_all(
+    step: Callable, kinds: Mapping[str, dict], batches: Iterable[dict[str, np.ndarray]], *, count: int, mesh: Mesh
+) -> dict[str, Evaluation]:
+    """Return the metrics of each set of variables on all of `batches`, which are read once.
+
+    `step` is a sharded `steps.eval_step`; `batches` are the batches of this process. Sums are added in float64 and
+    divided once. `ece` is the expected calibration error of 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599,
     equation 3). Raises RuntimeError unless exactly `count` images were seen.
     """
-    total: dict[str, np.ndarray] = {}
-    pending = None
+    totals: dict[str, dict[str, np.ndarray]] = {name: {} for name in kinds}
+    pending: dict[str, dict[str, jax.Array]] = {}
     for batch in batches:
-        # Read a batch's sums when the next one is on its way: the device does not wait for the host.
-        running = step(variables, put_batch(batch, mesh))
-        _add(total, pending)
+        # The sums of a batch are read when the next one is on its way: the device does not wait for the host.
+        placed = put_batch(batch, mesh)
+        running = {name: step(variables, placed) for name, variables in kinds.items()}
+        _add(totals, pending)
         pending = running
-    _add(total, pending)
+    _add(totals, pending)
+    return {name: _divide(total, count) for name, total in totals.items()}
+
+
+def _add(totals: dict[str, dict[str, np.ndarray]], pending: dict[str, dict[str, jax.Array]]) -> None:
+    for name, sums in pending.items():
+        for key, value in sums.items():
+            array = np.asarray(value)
+            added = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
+            totals[name][key] = totals[name].get(key, 0) + added
+
+
+def _divide(total: dict[str, np.ndarray], count: int) -> Evaluation:
     if total.get("count") != count:
         raise RuntimeError(f"evaluation saw {total.get('count', 0)} images instead of {count}")
     metrics = {name: float(total[name]) / count for name in ("loss", "top1", "top5")}
@@ -49,29 +71,46 @@ def evaluate(
     return Evaluation({**metrics, "count": count}, total["classes"], total.get("confusion"))
 
 
-def _add(total: dict[str, np.ndarray], sums: dict[str, jax.Array] | None) -> None:
-    for name, value in (sums or {}).items():
-        array = np.asarray(value)
-        total[name] = total.get(name, 0) + array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
+class StateEvaluation(NamedTuple):
+    """The evaluation of a training state."""
+
+    metrics: dict[str, float]  # {"eval/top1": ...}, and "eval_ema/top1" ... of the averages if the state has them
+    confusion: np.ndarray | None  # of the averages if the state has them
+
+
+def make_evaluator(task: Task, mesh: Mesh) -> Callable[[TrainState], StateEvaluation]:
+    """Return the function that evaluates a state, raw variables and averages, on the images of a task."""
+    step = shard_eval_step(functools.partial(eval_step, model=task.network, mean=task.mean, std=task.std), mesh)
+
+    def evaluate_state(state: TrainState) -> StateEvaluation:
+        kinds = {"eval": {"params": state.params, "batch_stats": state.batch_stats}}
+        if state.ema is not None:
+            kinds["eval_ema"] = state.ema
+        found = evaluate_all(step, kinds, task.eval_batches, count=task.eval_count, mesh=mesh)
+        metrics = {f"{kind}/{name}": value for kind, e in found.items() for name, value in e.metrics.items()}
+        return StateEvaluation(metrics, list(found.values())[-1].confusion)
+
+    return evaluate_state
 
 
 def evaluate_weights(weights: tuple[MobileNet, dict, dict], data_config) -> dict:
-    """{"weights", "data", metrics of `Evaluation`, "class_accuracy": {name: share or None}} of any weights, as JSON.
+    """Return {"weights", "data", metrics of `Evaluation`, "class_accuracy": {name: share or None}}, as JSON.
 
     Args:
       weights: (model, variables, card) of `load_weights`.
-      data_config: config.data of configs/base.py; its evaluation split is read, prepared as it says. The share of a
-        class without an image is None.
+      data_config: config.data of configs/base.py. Its evaluation split is read, and prepared by its keys. The share of
+        a class without an image is None.
 
     Raises:
-      ValueError: classes that are not the weights', images too small for them, or an impossible config.
+      ValueError: the data has other classes than the weights, the images are too small, or the config is impossible.
       UnreadableImageError: an image that cannot be decoded.
     """
     model, variables, card = weights
-    source, mesh = open_source(data_config, eval_split(data_config)), make_mesh()
+    mesh = make_mesh()
+    check_data(data_config, device_count=mesh.size, process_count=jax.process_count())
+    source = open_source(data_config, eval_split(data_config))
     order = match_classes(card["class_names"], model.spec.num_classes, source.class_names, data=source.name)
-    compute_cost(model.spec, data_config.image_size)  # says so if the image is too small
-    check_batch_size("data.eval_batch_size", data_config.eval_batch_size, mesh)
+    compute_cost(model.spec, data_config.image_size)  # raises ValueError if the image is too small
     params = {**variables["params"]}
     params["classifier"] = {name: leaf[..., order] for name, leaf in params["classifier"].items()}
     step = functools.partial(eval_step, model=model, mean=data_config.mean, std=data_config.std)
@@ -85,11 +124,10 @@ def evaluate_weights(weights: tuple[MobileNet, dict, dict], data_config) -> dict
 
 
 def match_classes(known: Sequence[str] | None, count: int, names: Sequence[str], *, data: str) -> list[int]:
-    """Which of the weights' `count` classes each class of the data is, by name where the weights know theirs.
+    """Return, for each class of the data, the index of the same class among the `count` classes of the weights.
 
-    Folders of ImageNet are called by WordNet's numbers, and the order of these is that of the classes.
-
-    Raises ValueError unless they are the same classes.
+    Classes are matched by name if the weights know their names. Folders of ImageNet are named by WordNet numbers, whose
+    order is the order of the classes. Raises ValueError unless data and weights have the same classes.
     """
     if len(names) != count:
         raise ValueError(f"{data} has {len(names)} classes and the weights {count}; they must be the same classes")

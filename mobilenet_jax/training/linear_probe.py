@@ -1,4 +1,4 @@
-"""Linear probe: what a network that does not change makes of each image, computed once, and a classifier for it."""
+"""A linear probe: the features of each image, computed once by a frozen network, and the classifier on top of them."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ from mobilenet_jax.training.steps import normalise_images
 
 
 class Features:
-    """The vectors of a split's images, in its order, as a source of "images" float32[1, 1, D]."""
+    """The feature vectors of a split, in the order of its images, as a data source of "images" float32[1, 1, D]."""
 
     def __init__(self, vectors: np.ndarray, labels: np.ndarray, *, name: str, class_names: tuple[str, ...]):
         self.name, self.class_names = name, class_names
@@ -32,19 +32,22 @@ class Features:
 
 
 class LinearProbe(nn.Module):
-    """The classifier of a network as a module of its own, with the network's parameter paths."""
+    """The classifier of a network as a module of its own, with the parameter paths it has in the network."""
 
     spec: Spec
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Logits [B, num_classes] of vectors [B, 1, 1, D]; training mode draws from the key "dropout"."""
+        """Return the logits [B, num_classes] of vectors [B, 1, 1, D]; training mode draws from the key "dropout"."""
         x = nn.Dropout(self.spec.dropout, deterministic=not train)(images[:, 0, 0, :])
         return Dense(self.spec.num_classes, self.spec, x.dtype, name="classifier")(x)
 
 
 def make_feature_step(model: MobileNet, mesh: Mesh, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
-    """Jitted (variables, batch) -> ([B, D] that the classifier of `model` would see, labels, mask), on every device."""
+    """Return a jitted function (variables, batch) -> (features [B, D], labels, mask), which are on every device.
+
+    The features are the input of the classifier of `model`.
+    """
     headless = model.clone(spec=replace(model.spec, num_classes=0))
 
     def step(variables: dict, batch: dict[str, jax.Array]):
@@ -57,9 +60,9 @@ def make_feature_step(model: MobileNet, mesh: Mesh, *, mean: tuple[float, ...], 
 def compute_features(
     step: Callable, variables: dict, batches: Iterable[dict[str, np.ndarray]], *, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(vectors float32 [N, D], labels int32 [N]) of all images of evaluation batches, in their order.
+    """Return (vectors float32 [N, D], labels int32 [N]) of all images of evaluation batches, in their order.
 
-    `step` is of `make_feature_step`. Every process gets all of them.
+    `step` is a function from `make_feature_step`. Every process gets all vectors.
     """
     found: list[tuple[np.ndarray, np.ndarray]] = []
     read = functools.partial(jax.tree.map, np.asarray)

@@ -6,7 +6,7 @@ import optax
 
 
 def softmax_cross_entropy(logits: jax.Array, targets: jax.Array, *, label_smoothing: float) -> jax.Array:
-    """Cross-entropy of each example, in float32 whatever the dtype of the logits.
+    """Return the cross-entropy of each example, in float32 for logits of any dtype.
 
     Args:
       logits: [B, K].
@@ -15,13 +15,11 @@ def softmax_cross_entropy(logits: jax.Array, targets: jax.Array, *, label_smooth
         Szegedy et al. 2016 (1512.00567), section 7.
 
     Returns:
-      [B], float32: a mean over examples, or over those that a mask selects, is the caller's.
+      [B], float32. The caller takes the mean, over all examples or over those that a mask selects.
 
     Raises:
-      ValueError: the targets are neither of the two kinds, or the smoothing is out of range.
+      ValueError: the targets are neither of the two kinds.
     """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"train.label_smoothing is {label_smoothing}; valid is a share from 0 up to, not including, 1")
     if targets.shape == logits.shape[:1] and jnp.issubdtype(targets.dtype, jnp.integer):
         targets = jax.nn.one_hot(targets, logits.shape[-1])
     elif targets.shape != logits.shape or not jnp.issubdtype(targets.dtype, jnp.floating):
@@ -42,37 +40,30 @@ def mix_batch(
     cutmix: float,
     probability: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes every image with its partner in the reversed batch, by mixup or by cutmix.
+    """Mix every image with its partner in the reversed batch, by mixup or by cutmix.
 
-    One draw serves the whole batch, as timm's `Mixup(mode="batch")` does. Where both alphas are set, each of
-    the two is drawn half of the time. Mixup (1710.09412) keeps a share lambda ~ Beta(alpha, alpha) of each
-    image. Cutmix (1905.04899) pastes a box of the partner, with sides sqrt(1 - lambda) of the image's,
-    centred uniformly and clipped at the border, and gives the labels the share of the pixels that in fact
-    stayed.
+    One draw serves the whole batch, as in timm's `Mixup(mode="batch")`. If both alphas are set, each of the two is
+    drawn half of the time. Mixup (1710.09412) keeps a share lambda ~ Beta(alpha, alpha) of each image. Cutmix
+    (1905.04899) pastes a box of the partner into the image. The sides of the box are sqrt(1 - lambda) of the sides of
+    the image; its centre is uniform, and it is clipped at the border. The labels get the share of the pixels that
+    really stayed.
 
     Args:
-      key: of this step.
+      key: the random key of this step.
       images: [B, H, W, C], float.
       labels_onehot: [B, K], float.
-      mixup: alpha of Beta(alpha, alpha); 0: off. A Python number, as the next two: it decides what is traced.
+      mixup: alpha of Beta(alpha, alpha); 0: off. A Python number, like the next two, because it decides what is traced.
       cutmix: alpha of Beta(alpha, alpha); 0: off.
-      probability: share of the steps that mix at all.
+      probability: the share of the steps that mix at all.
 
     Returns:
       The mixed images and labels, in the shapes given.
-
-    Raises:
-      ValueError: an alpha is negative or the probability is outside [0, 1].
     """
-    if not (mixup >= 0 and cutmix >= 0):
-        raise ValueError(f"data.mixup is {mixup} and data.cutmix is {cutmix}; valid is 0 (off) or more")
-    if not 0 <= probability <= 1:
-        raise ValueError(f"data.mix_probability is {probability}; valid is 0 to 1")
     if not (mixup or cutmix):
         return images, labels_onehot
     apply_key, kind_key, mixup_key, cutmix_key = jax.random.split(key, 4)
     height, width = images.shape[1:3]
-    kept = jnp.ones((height, width))  # of each pixel of the image itself; the rest is the partner's
+    kept = jnp.ones((height, width))  # the share of the image itself in each pixel; the partner has the rest
     if mixup:
         kept = kept * jax.random.beta(mixup_key, mixup, mixup)
     if cutmix:
@@ -89,7 +80,7 @@ def mix_batch(
 
 
 def _draw_box(key: jax.Array, height: int, width: int, *, alpha: float) -> jax.Array:
-    """A mask [H, W] of float32 ones in a random box, by the integer arithmetic of timm's `rand_bbox`."""
+    """Return a mask [H, W] with float32 ones in a random box, by the integer arithmetic of timm's `rand_bbox`."""
     lambda_key, y_key, x_key = jax.random.split(key, 3)
     ratio = jnp.sqrt(1 - jax.random.beta(lambda_key, alpha, alpha))
 

@@ -1,7 +1,7 @@
 """Learning-rate schedules and optimizers from `config.optim`, and rules on parameter paths.
 
-Everything is optax underneath; what is added is the arithmetic of the recipes: TensorFlow's RMSProp, stairs
-counted from the first step, decay by rules on paths.
+Everything is optax underneath. This module adds the arithmetic of the recipes: TensorFlow's RMSProp, a staircase
+counted from the first step, and decay by rules on paths.
 """
 
 import re
@@ -15,10 +15,10 @@ from absl import logging
 
 
 def make_schedule(optim_config, *, batch_size: int, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
-    """The learning rate at each step, counted from 0.
+    """Return the learning rate as a function of the step, counted from 0.
 
-    The peak is lr_per_256 * batch_size / 256 (the linear rule of 1706.02677). The warm-up is linear from 0 to
-    what the schedule has where the warm-up ends, as `LinearWarmup` of TensorFlow's official models: no jump.
+    The peak is lr_per_256 * batch_size / 256 (the linear rule of 1706.02677). The warm-up is linear from 0 to the value
+    of the schedule at the end of the warm-up, so there is no jump (`LinearWarmup` of TensorFlow's official models).
 
     Args:
       optim_config: `config.optim`.
@@ -28,11 +28,7 @@ def make_schedule(optim_config, *, batch_size: int, steps_per_epoch: float, tota
 
     Returns:
       A function from a step (int or traced) to a learning rate, float32.
-
-    Raises:
-      ValueError: a key of `config.optim` has an impossible value.
     """
-    check_config(optim_config)
     peak = optim_config.lr_per_256 * batch_size / 256
     warmup = optim_config.warmup_epochs * steps_per_epoch
     if warmup >= total_steps:
@@ -57,8 +53,8 @@ def _constant(_, peak, *__) -> optax.Schedule:
     return optax.constant_schedule(peak)
 
 
-# From (config.optim, peak, warm-up steps, steps per epoch, steps in all) to the schedule behind the warm-up,
-# as a function of the step since the start of training.
+# Each function takes (config.optim, peak, warm-up steps, steps per epoch, total steps) and returns the schedule after
+# the warm-up, as a function of the step since the start of training.
 SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
     "cosine": _cosine,
     "staircase": _staircase,
@@ -75,39 +71,58 @@ def make_optimizer(
     freeze_steps: int | None = None,
     layers: Sequence[str] = (),
 ) -> optax.GradientTransformation:
-    """The optimizer of `config.optim` for these parameters.
+    """Return the optimizer of `config.optim` for these parameters.
 
-    In this order: the gradients of what is trained are clipped by their global norm; `l2` adds l2 * w, the
-    gradient of l2 * sum(w^2) / 2; the optimizer proper makes its update, learning rate included;
-    `weight_decay` subtracts lr * weight_decay * w, as PyTorch's AdamW, past any momentum; the layer's power of
-    `layer_decay` scales all of it. The factors of `decay_rules` scale both decays. Frozen parameters get an update of
-    exactly 0 and have no optimizer state, unless they thaw: then it begins at that step, as a new one does.
+    It works in this order. It clips the gradients of what is trained by their global norm. It adds l2 * w, the
+    gradient of l2 * sum(w^2) / 2. The optimizer proper makes its update, learning rate included. Weight decay
+    subtracts lr * weight_decay * w, as PyTorch's AdamW does, past any momentum. The power of `layer_decay` of the layer
+    scales the sum. The factors of `decay_rules` scale both decays. Frozen parameters get an update of exactly 0 and
+    have no optimizer state. If they thaw, their state begins at that step, as that of a new optimizer.
 
     Args:
       optim_config: `config.optim`.
       params: tree of arrays or of `jax.ShapeDtypeStruct`.
       schedule: from `make_schedule`.
-      frozen: from `find_frozen`, where the caller has it already.
-      freeze_steps: updates after which frozen parameters thaw; their gradients are to be 0 until then. None: never.
-      layers: the first parts of the parameters' paths, from the stem to the classifier; needed where `layer_decay` is
+      frozen: tree of bools from `find_frozen`; None if nothing is frozen.
+      freeze_steps: the number of updates after which frozen parameters thaw; until then their gradients have to be 0.
+        None: they never thaw.
+      layers: the first parts of the parameters' paths, from the stem to the classifier. Needed if `layer_decay` is
         not 1.
 
     Returns:
       An optax transformation whose `update` needs the parameters. Its state holds arrays and nothing else.
 
     Raises:
-      ValueError: a key of `config.optim` has an impossible value, or a pattern matches no parameter.
+      ValueError: a pattern of `decay_rules` matches no parameter.
     """
-    check_config(optim_config)
+    clip = optax.clip_by_global_norm(optim_config.clip_norm) if optim_config.clip_norm else optax.identity()
+    make_stages = _plan_stages(optim_config, params, layers)
+    if frozen is None:
+        return optax.chain(clip, *make_stages(schedule))
+    labels = jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen)
+    if freeze_steps is None:
+        trained = optax.chain(clip, *make_stages(schedule))
+        return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+    thawing = _start_at(freeze_steps, schedule, make_stages)
+    return optax.chain(
+        clip, optax.partition({"trained": optax.chain(*make_stages(schedule)), "frozen": thawing}, labels)
+    )
+
+
+Stages = tuple[optax.GradientTransformation, ...]
+
+
+def _plan_stages(optim_config, params, layers: Sequence[str]) -> Callable[[optax.Schedule], Stages]:
+    """Return a function from a learning-rate schedule to the stages that turn gradients into updates.
+
+    Every stage is there whatever its strength, because the structure of the state, and so of a checkpoint, may depend
+    on `name`, `freeze` and `freeze_epochs` only.
+    """
     factors = match_rules(params, optim_config.decay_rules, key="optim.decay_rules")
     l2 = jax.tree.map(lambda factor: factor * optim_config.l2, factors)
     weight_decay = jax.tree.map(lambda factor: factor * optim_config.weight_decay, factors)
-    clip_norm = optim_config.clip_norm
-    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
 
-    def make_stages(schedule: optax.Schedule) -> tuple[optax.GradientTransformation, ...]:
-        # Every stage is there whatever its strength: the structure of the state, and so of a checkpoint, depends
-        # on `name`, `freeze` and `freeze_epochs` alone.
+    def make_stages(schedule: optax.Schedule) -> Stages:
         return (
             _add_params(l2, optax.constant_schedule(1.0)),
             OPTIMIZERS[optim_config.name](optim_config, schedule),
@@ -115,25 +130,21 @@ def make_optimizer(
             _scale_layers(layers, optim_config.layer_decay),
         )
 
-    if not optim_config.freeze:
-        return optax.chain(clip, *make_stages(schedule))
-    frozen = find_frozen(optim_config, params) if frozen is None else frozen
-    labels = jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen)
-    if freeze_steps is None:
-        trained = optax.chain(clip, *make_stages(schedule))
-        return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
-    # The optimizer of what thaws counts its own steps, from there on.
-    thawed = optax.chain(*make_stages(lambda step: schedule(step + freeze_steps)))
-    thawing = optax.conditionally_mask(thawed, lambda step, **_: jnp.greater_equal(step, freeze_steps))
-    return optax.chain(
-        clip, optax.partition({"trained": optax.chain(*make_stages(schedule)), "frozen": thawing}, labels)
-    )
+    return make_stages
+
+
+def _start_at(
+    first: int, schedule: optax.Schedule, make_stages: Callable[[optax.Schedule], Stages]
+) -> optax.GradientTransformation:
+    """Return the stages for parameters that thaw at step `first`: their optimizer counts its own steps from there."""
+    stages = make_stages(lambda step: schedule(step + first))
+    return optax.conditionally_mask(optax.chain(*stages), lambda step, **_: jnp.greater_equal(step, first))
 
 
 def find_frozen(optim_config, params):
-    """A tree of the structure of `params`: whether `optim.freeze` has the parameter.
+    """Return a tree of bools like `params`: true for the parameters that `optim.freeze` names.
 
-    Raises ValueError for a pattern that matches nothing, and if all match.
+    Raises ValueError if a pattern matches nothing, or if all parameters match.
     """
     rules = [(pattern, "frozen") for pattern in optim_config.freeze] + [(".*", "trained")]
     labels = match_rules(params, rules, key="optim.freeze")
@@ -143,8 +154,8 @@ def find_frozen(optim_config, params):
 
 
 def _rmsprop(optim_config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    # As tf.compat.v1.train.RMSPropOptimizer: the accumulator starts at 1, epsilon is inside the root and the
-    # learning rate inside the momentum.
+    # tf.compat.v1.train.RMSPropOptimizer: the accumulator starts at 1, epsilon is inside the root, and the learning
+    # rate is inside the momentum.
     return optax.rmsprop(
         schedule,
         optim_config.rms_decay,
@@ -163,7 +174,7 @@ def _adam(optim_config, schedule: optax.Schedule) -> optax.GradientTransformatio
     return optax.adam(schedule, optim_config.beta1, optim_config.beta2, optim_config.epsilon)
 
 
-# The weight decay that makes Adam AdamW is added by `make_optimizer`, as for the other two.
+# `make_optimizer` adds the weight decay that turns Adam into AdamW, as it does for the other two.
 OPTIMIZERS: dict[str, Callable[[Any, optax.Schedule], optax.GradientTransformation]] = {
     "rmsprop": _rmsprop,
     "sgd": _sgd,
@@ -172,9 +183,9 @@ OPTIMIZERS: dict[str, Callable[[Any, optax.Schedule], optax.GradientTransformati
 
 
 def _add_params(factors, coefficient: optax.Schedule) -> optax.GradientTransformation:
-    """Adds coefficient(step) * factor * w to the update of each parameter w whose factor is not 0.
+    """Return a stage that adds coefficient(step) * factor * w to the update of each parameter w with a factor not 0.
 
-    The factors are looked up by path because under `optax.partition` the tree has holes where it is frozen.
+    The factors are looked up by path, because under `optax.partition` the tree has holes at frozen parameters.
     """
     by_path = dict(_name_leaves(factors))
 
@@ -196,7 +207,7 @@ def _add_params(factors, coefficient: optax.Schedule) -> optax.GradientTransform
 
 
 def _scale_layers(layers: Sequence[str], decay: float) -> optax.GradientTransformation:
-    """Multiplies the updates of a layer by decay^n if n layers are above it (1801.06146, sec. 3.2)."""
+    """Return a stage that scales the updates of a layer by decay^n for n layers above it (1801.06146, sec. 3.2)."""
     rates = {name: decay**above for above, name in enumerate(reversed(layers))}
 
     def update(updates, _):
@@ -206,20 +217,19 @@ def _scale_layers(layers: Sequence[str], decay: float) -> optax.GradientTransfor
 
 
 def match_rules(params, rules: Sequence[tuple[str, Any]], *, key: str):
-    """Gives each parameter the value of the first rule whose pattern is found in its path.
+    """Give each parameter the value of the first rule whose pattern is found in its path.
 
     Args:
       params: tree of arrays or of anything with a `size`.
-      rules: (pattern, value) pairs; `re.search` looks for the pattern in paths as
-        "block_03/expand/conv/kernel".
-      key: of the config, for the errors and the log, which has a line for each rule with what it matched.
+      rules: (pattern, value) pairs; `re.search` looks for the pattern in paths such as "block_03/expand/conv/kernel".
+      key: the key of the config, for errors and for the log, which gets one line per rule.
 
     Returns:
-      A tree of the structure of `params` with the values as its leaves.
+      A tree like `params`, with the values as leaves.
 
     Raises:
-      ValueError: a pattern is no regular expression, a parameter matches no rule, or those before it leave a
-        rule no parameter; only the catch-all ".*" may match nothing.
+      ValueError: a pattern is no regular expression, a parameter matches no rule, or a rule gets no parameter because
+        the rules before it take them all. Only the catch-all ".*" may match nothing.
     """
     try:
         patterns = [re.compile(pattern) for pattern, _ in rules]
@@ -249,43 +259,3 @@ def _name_leaves(tree) -> list[tuple[str, Any]]:
 
 def _join(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def check_config(optim_config) -> None:
-    """Checks all of `config.optim` that can be checked without the parameters.
-
-    Raises:
-      ValueError: the first key with an impossible value, what it is and what would be valid.
-    """
-    for key, names in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if optim_config[key] not in names:
-            raise ValueError(f"optim.{key} is {optim_config[key]!r}; valid are {', '.join(names)}")
-    for keys, is_valid, text in _VALID:
-        for key in keys:
-            if not is_valid(optim_config[key]):
-                raise ValueError(f"optim.{key} is {optim_config[key]}; valid is {text}")
-    for rule in optim_config.decay_rules:
-        match rule:
-            case [str(), int() | float() as factor] if factor >= 0:
-                continue
-        raise ValueError(f"optim.decay_rules: {rule!r} is not a pair of a pattern and a factor of 0 or more")
-    if not all(isinstance(pattern, str) for pattern in optim_config.freeze):
-        raise ValueError(f"optim.freeze is {optim_config.freeze!r}; valid is a tuple of patterns: ('^stem/',)")
-    epochs = optim_config.freeze_epochs
-    if epochs is not None and not (epochs >= 0 and optim_config.freeze):
-        raise ValueError(
-            f"optim.freeze_epochs is {epochs}, optim.freeze {tuple(optim_config.freeze)}; valid is 0 or more for the "
-            "patterns of optim.freeze, or none"
-        )
-
-
-_VALID: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("lr_per_256", "decay_epochs", "epsilon"), lambda value: value > 0, "a number above 0"),
-    (("warmup_epochs", "l2", "weight_decay", "clip_norm"), lambda value: value >= 0, "0 (none) or more"),
-    (
-        ("momentum", "rms_decay", "beta1", "beta2"),
-        lambda value: 0 <= value < 1,
-        "from 0 up to, not including, 1",
-    ),
-    (("decay_factor", "layer_decay"), lambda value: 0 < value <= 1, "above 0 and up to 1: 0.99 decays by 1%"),
-)

@@ -1,4 +1,4 @@
-"""Lengths of a run in steps."""
+"""The lengths of a run in steps, derived once from epochs, images and batch size."""
 
 import math
 from dataclasses import dataclass
@@ -6,25 +6,25 @@ from dataclasses import dataclass
 from absl import logging
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Lengths in steps, derived once from epochs, images and batch size."""
+    """When a run logs, evaluates, saves and ends."""
 
     total_steps: int
     steps_per_epoch: float
     eval_every: int
     save_every: int
     log_every: int
-    freeze_steps: int  # that optim.freeze lasts
-    stats_batches: int  # that statistics are measured over at the end
+    freeze_steps: int  # steps before the parameters of optim.freeze are trained too
+    stats_batches: int  # batches over which batch-norm statistics are measured at the end
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether something done every `every` steps, and at the end, is done after `step`."""
+        """Return whether something that happens every `every` steps, and at the end, happens after `step`."""
         return step == self.total_steps or step % every == 0
 
 
 def make_plan(config, train_count: int) -> Plan:
-    """The plan of a run over `train_count` images."""
+    """Return the plan of a run over `train_count` images."""
     train = config.train
     per_epoch = train_count / config.data.batch_size
     total = train.steps if train.steps is not None else math.ceil(train.epochs * per_epoch)
@@ -33,24 +33,24 @@ def make_plan(config, train_count: int) -> Plan:
         return max(1, round(epochs * per_epoch)) if epochs else total
 
     return Plan(
-        total,
-        per_epoch,
-        every(train.eval_every_epochs),
-        every(train.save_every_epochs),
-        train.log_every_steps,
-        total if config.optim.freeze_epochs is None else round(config.optim.freeze_epochs * per_epoch),
-        math.ceil(train.recompute_stats_epochs * per_epoch),
+        total_steps=total,
+        steps_per_epoch=per_epoch,
+        eval_every=every(train.eval_every_epochs),
+        save_every=every(train.save_every_epochs),
+        log_every=train.log_every_steps,
+        freeze_steps=total if config.optim.freeze_epochs is None else round(config.optim.freeze_epochs * per_epoch),
+        stats_batches=math.ceil(train.recompute_stats_epochs * per_epoch),
     )
 
 
 def warn_of_slow_statistics(bn_decay: float, total_steps: int) -> None:
-    """Say so when over 5% of the initial batch-norm statistics would be left in the running ones at the run's end."""
+    """Log a warning if over 5% of the initial batch-norm statistics would be left at the end of the run."""
     left = bn_decay**total_steps
     if left > 0.05:
         fitting = math.floor(0.01 ** (1 / total_steps) * 1000) / 1000
         logging.warning(
-            "model.bn_decay = %g leaves %.0f%% of the initial statistics in those of evaluation after %d steps; "
-            "%g leaves 1%%, train.recompute_stats_epochs = 1 measures them anew",
+            "model.bn_decay = %g leaves %.0f%% of the initial statistics in the running statistics after %d steps; "
+            "%g leaves 1%%, train.recompute_stats_epochs = 1 measures them at the end",
             bn_decay,
             100 * left,
             total_steps,

@@ -11,17 +11,17 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Shows a run: a bar on a terminal, elsewhere a line at most every ten seconds, both on stderr.
+    """Shows progress on stderr: a bar on a terminal, otherwise a line at most every ten seconds.
 
-    The clock starts at the first `update`: the compilation before it is in no rate. Time inside `paused()`
+    The clock starts at the first `update`, so that compilation is not part of the rate. The time inside `paused()`
     counts for the time left but not for the rate. A context manager.
 
     Args:
-      total_steps: of the whole run.
-      steps_per_epoch: for the epoch shown; need not be whole; None where there are no epochs.
-      batch_size: images a step, for the rate.
-      start_step: steps completed before this run.
-      active: False shows nothing (on all processes but the first); the rate is kept all the same.
+      total_steps: steps of the whole run.
+      steps_per_epoch: for the epoch shown; need not be whole; None if there are no epochs.
+      batch_size: images per step, for the rate.
+      start_step: steps done before.
+      active: False shows nothing, as on all processes but the first; the rate is measured anyway.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Progress:
         self._start: tuple[int, float] | None = None  # (step, seconds) of the first update
         self._paused = 0.0  # seconds since the first update
         self._seconds_left: float | None = None
-        self.images_per_second: float | None = None  # as of the last update; none before the second
+        self.images_per_second: float | None = None  # at the last update; None before the second
         self._next_line = 0.0
         self._bar = None
         if active and sys.stderr.isatty():
@@ -48,7 +48,7 @@ class Progress:
             )
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows that `step` steps are done, with their values (loss, accuracy)."""
+        """Show that `step` steps are done, with their values (loss, accuracy)."""
         now = time.monotonic()
         if self._start is None:
             self._start = (step, now)
@@ -64,20 +64,20 @@ class Progress:
             self._print(step, self._describe(values))
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Prints a line that stays, whatever the clock says: the result of an evaluation."""
+        """Print a line that stays, at once: the result of an evaluation."""
         if self._active:
             self._print(step, _format(values))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around evaluation and saving: time that is not training."""
+        """Leave the time inside out of the rate: evaluation, saving."""
         before = time.monotonic()
         yield
         if self._start is not None:
             self._paused += time.monotonic() - before
 
     def close(self) -> None:
-        """Ends the bar."""
+        """End the bar."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,7 +1,7 @@
-"""Batch-norm statistics measured over many images with the parameters as they are, instead of running ones.
+"""Batch-norm statistics measured over many images with fixed parameters, to replace running statistics.
 
-Running statistics lag behind the parameters by 1 / (1 - bn_decay) steps and weigh the last batches most; these do
-neither (2105.07576, sec. 3).
+Running statistics lag behind the parameters by 1 / (1 - bn_decay) steps and weigh the last batches most. Measured
+statistics do neither (2105.07576, sec. 3).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ from mobilenet_jax.training.steps import normalise_images
 
 
 def make_stats_step(model: MobileNet, mesh: Mesh, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
-    """Jitted (variables, batch) -> `batch_stats` of the batch alone, with no layer dropped."""
+    """Return a jitted function (variables, batch) -> `batch_stats` of this batch, with no layer dropped."""
     spec = replace(model.spec, num_classes=0, bn_decay=0.0, drop_path=0.0)
     model = model.clone(spec=spec, freeze_stats=False)
 
@@ -33,9 +33,10 @@ def make_stats_step(model: MobileNet, mesh: Mesh, *, mean: tuple[float, ...], st
 def measure_stats(
     step: Callable, kinds: Sequence[dict], batches: Iterable[dict[str, np.ndarray]], *, mesh: Mesh
 ) -> list[Any]:
-    """For each set of variables the `batch_stats` of all images of the (equally large) batches together.
+    """Return, for each set of variables, the `batch_stats` of all images of the batches together.
 
-    `step` is of `make_stats_step`. The variance is that within the batches and that of their means; sums are float64.
+    `step` is a function from `make_stats_step`; the batches are of equal size. The variance adds the variance within
+    the batches and the variance of their means. Sums are float64.
     """
     totals: list[Any] = [None] * len(kinds)
     count = 0

@@ -1,4 +1,4 @@
-"""One mesh axis over all devices of all hosts: batches are split along it, all else is on every device."""
+"""One mesh axis over all devices of all hosts. Batches are split along it; everything else is on every device."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,9 +12,9 @@ PARALLEL = ("jit", "pmap")
 
 
 def describe_devices(platform: str = "any") -> str:
-    """What JAX computes on, in a line, as "8 TPU v5 lite, processes: 1".
+    """Return the devices of JAX in a line, as "8 TPU v5 lite, processes: 1".
 
-    Raises RuntimeError unless they are of the platform that is asked for: cpu, gpu, tpu or any.
+    Raises RuntimeError unless they are of the given platform: cpu, gpu, tpu or any.
     """
     devices = jax.devices()
     kinds = ", ".join(sorted({device.device_kind for device in devices}))
@@ -28,37 +28,31 @@ def describe_devices(platform: str = "any") -> str:
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """A 1-D mesh over `devices`, all of them by default."""
+    """Return a 1-D mesh over `devices`, by default over all devices."""
     return Mesh(np.array(devices or jax.devices()), (AXIS,))
 
 
-def check_batch_size(key: str, size: int, mesh: Mesh) -> None:
-    """Raise ValueError unless the mesh's devices get equal shares."""
-    if size % mesh.size:
-        raise ValueError(f"{key} is {size}; with {mesh.size} devices it must be a multiple of {mesh.size}")
-
-
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a global batch, as arrays split over the mesh in process order."""
+    """Return the rows that this process has of a global batch as arrays split over the mesh, in process order."""
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
 def replicate(tree, mesh: Mesh):
-    """The same values on every device."""
+    """Return the tree with its values on every device."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def make_key(seed: int, mesh: Mesh) -> jax.Array:
-    """The random key of a seed on every device; of several processes each makes its own copy."""
+    """Return the random key of a seed, on every device; each process makes its own copy."""
     return jax.jit(lambda: jax.random.key(seed), out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
 
 def shard_train_step(step: Callable, mesh: Mesh, parallel: str) -> Callable:
     """Jit (state, batch, key) -> (state, metrics) over the mesh; the state is donated.
 
-    `jit`: the step sees the global batch, so batch-norm statistics are those of all images. `pmap`: each
-    device runs the step on its share, as under `jax.pmap`, and averages gradients over "data" itself.
+    With `jit` the step sees the global batch, so batch norm uses the statistics of all images. With `pmap` each device
+    runs the step on its share, as under `jax.pmap`, and the step averages gradients over "data" itself.
     """
     everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
     if parallel == "pmap":
@@ -73,6 +67,6 @@ def shard_train_step(step: Callable, mesh: Mesh, parallel: str) -> Callable:
 
 
 def shard_eval_step(step: Callable, mesh: Mesh) -> Callable:
-    """Jit (variables, batch) -> sums over the mesh, in the global view for both kinds of training."""
+    """Jit (variables, batch) -> sums over the mesh, in the global view, also for runs that train with `pmap`."""
     everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
     return jax.jit(step, in_shardings=(everywhere, split), out_shardings=everywhere)

@@ -2,9 +2,13 @@
 
 import signal
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 
 class StopSignals:
-    """SIGTERM and SIGINT ask for an orderly stop after the step that runs; a second one interrupts at once."""
+    """Within this context SIGTERM and SIGINT ask for a stop after the current step; a second one interrupts at once."""
 
     def __init__(self):
         self.received: str | None = None
@@ -23,3 +27,13 @@ class StopSignals:
         if self.received:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+
+    def should_stop(self, *, may_ask: bool) -> bool:
+        """Return whether a signal arrived, at any process.
+
+        Several processes have to agree. They ask each other only where `may_ask` is true, which must be at the same
+        steps on all of them.
+        """
+        if jax.process_count() == 1:
+            return self.received is not None
+        return may_ask and bool(np.any(multihost_utils.process_allgather(np.array(self.received is not None))))

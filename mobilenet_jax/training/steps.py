@@ -1,4 +1,4 @@
-"""One training step and one evaluation step: pure functions of data, neither jitted nor aware of a config."""
+"""One training step and one evaluation step: pure functions of data that know no config and are not jitted here."""
 
 import functools
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run carries from step to step; randomness is `fold_in(key, step)` and has no place here."""
+    """The data that a run carries from step to step. Randomness is `fold_in(key, step)`, so there is no key."""
 
     step: jax.Array  # steps done
     params: Any
@@ -35,7 +35,7 @@ class TrainState:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """What a training step does besides the forward and backward pass."""
+    """The options of a training step beside model and optimizer."""
 
     mean: tuple[float, ...]  # grey levels
     std: tuple[float, ...]
@@ -46,11 +46,11 @@ class StepOptions:
     accumulate: int = 1  # micro-batches
     ema_decay: float = 0.0
     axis: str | None = None  # the mesh axis of a per-device step under `shard_map`
-    frozen: Any = None  # bools in the parameters' structure: for these no gradient is computed, it is 0
+    frozen: Any = None  # a tree of bools like the parameters: where true, no gradient is computed, and it is 0
 
 
 def create_state(variables: dict, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
-    """The state before the first step; every leaf is a buffer of its own, for the step donates them."""
+    """Return the state before the first step. Each leaf is a buffer of its own, because the step donates the state."""
     copy = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731
     params, stats = copy(variables["params"]), copy(variables["batch_stats"])
     average = copy({"params": params, "batch_stats": stats}) if ema else None
@@ -58,7 +58,7 @@ def create_state(variables: dict, optimizer: optax.GradientTransformation, *, em
 
 
 def normalise_images(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """uint8 [B, H, W, C] to float32 (x - mean) / std, both in grey levels."""
+    """Return (images - mean) / std in float32, for images uint8 [B, H, W, C]; mean and std are in grey levels."""
     mean_array, std_array = (jnp.array(grey_levels)[None, None, None, :] for grey_levels in (mean, std))
     return (images.astype(jnp.float32) - mean_array) / std_array
 
@@ -72,22 +72,22 @@ def train_step(
     optimizer: optax.GradientTransformation,
     options: StepOptions,
 ) -> tuple[TrainState, Sums]:
-    """Update on {"images" uint8 [B, H, W, C], "labels" int [B]}.
+    """Return the state after one update on {"images" uint8 [B, H, W, C], "labels" int [B]}, and metrics.
 
-    The metrics are (sum, count) over the global batch, the gradient's norm is that of what is trained, before any
-    clipping.
+    The metrics are (sum, count) over the global batch. `grad_norm` is the norm of the gradient of the trained
+    parameters before any clipping.
     """
     key = jax.random.fold_in(key, state.step)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     if options.axis:
         key = jax.random.fold_in(key, lax.axis_index(options.axis))
-        # Gradients of replicated parameters would arrive already summed over the devices; of varying ones
-        # they are each device's own, and the mean below is the only one.
+        # JAX would sum the gradients of replicated parameters over the devices. Those of varying parameters stay
+        # apart, so that the mean below is the only reduction.
         variables = _to_varying(variables, options.axis)
     grads, batch_stats, sums = _gradients(variables, batch, key, model=model, options=options)
     if options.axis:
         grads = lax.pmean(grads, options.axis)
-        # A mean of equal values may be off by a rounding; that of their changes leaves frozen ones alone.
+        # A mean of equal values may be off by a rounding. The mean of their changes is exactly 0 for frozen statistics.
         changes = jax.tree.map(jnp.subtract, batch_stats, variables["batch_stats"])
         batch_stats = jax.tree.map(jnp.add, state.batch_stats, lax.pmean(changes, options.axis))
         sums = lax.psum(sums, options.axis)
@@ -102,7 +102,7 @@ def train_step(
 
 
 def _gradients(variables: dict, batch: Batch, key: jax.Array, *, model, options: StepOptions):
-    """(gradients of the mean loss, new statistics, metric sums), over micro-batches one after the other."""
+    """Return (gradients of the mean loss, new statistics, metric sums), over micro-batches one after the other."""
     if options.accumulate == 1:
         return _micro_gradients(variables, batch, key, model=model, options=options)
     n = options.accumulate
@@ -118,7 +118,7 @@ def _gradients(variables: dict, batch: Batch, key: jax.Array, *, model, options:
         )
         return stats, (grads, sums)
 
-    # Micro-batch i takes every n-th image: each device contributes to each.
+    # Micro-batch i takes every n-th image, so that each device has a part of each micro-batch.
     parts = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
     stats, (grads, sums) = lax.scan(run, variables["batch_stats"], (jnp.arange(n), parts))
     mean_grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
@@ -163,12 +163,13 @@ def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, *, model, op
 def eval_step(
     variables: dict, batch: Batch, *, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> dict[str, jax.Array]:
-    """Sums over the images that `batch["mask"]` [B] marks: loss, top1, top5, count, classes, calibration and confusion.
+    """Return sums over the images that `batch["mask"]` [B] marks.
 
-    `classes` [2, K] are the images of each class and those of them that are answered right. `calibration` [2, 15] are,
-    of the answers whose probability lies in ((m - 1)/15, m/15], the sum of probabilities and the right ones (Guo et al.
-    2017, arXiv 1706.04599, section 2). `confusion` [K, K] has true classes in rows, predicted ones in columns; above
-    100 classes there is none.
+    The sums are loss, top1, top5, count, classes, calibration and confusion. `classes` [2, K] counts the images of each
+    class, and the correct answers among them. `calibration` [2, 15] has, for the answers with a probability in
+    ((m - 1)/15, m/15], the sum of the probabilities and the number of correct answers (Guo et al. 2017, arXiv
+    1706.04599, section 2). `confusion` [K, K] has true classes in rows and predicted classes in columns; it is left out
+    above 100 classes.
     """
     images = normalise_images(batch["images"], mean, std)
     logits: Any = model.apply(variables, images, train=False)
@@ -178,7 +179,7 @@ def eval_step(
     _, best = lax.top_k(logits, min(5, classes))
     hits = (best == labels[:, None]) & mask[:, None]
     right, confidence = hits[:, 0], jnp.max(jax.nn.softmax(logits), axis=-1)
-    # Equal logits have 1/K, an edge of a bin for some K: no rounding may lift them over it.
+    # Equal logits have the probability 1/K, which for some K is the edge of a bin. No rounding may lift them over it.
     bins = jnp.ceil(confidence * CALIBRATION_BINS - 1e-5).astype(jnp.int32) - 1
     bins = jnp.clip(bins, 0, CALIBRATION_BINS - 1)
     of_class = functools.partial(jax.ops.segment_sum, segment_ids=labels, num_segments=classes)

@@ -14,8 +14,8 @@ from mobilenet_jax.data.loader import make_eval_batches
 from mobilenet_jax.data.sources import describe, open_source
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.training import evaluate as evaluate_module
-from mobilenet_jax.training.evaluate import evaluate, evaluate_weights, match_classes
-from mobilenet_jax.training.run import build_model
+from mobilenet_jax.training.build import build_model
+from mobilenet_jax.training.evaluate import evaluate, evaluate_all, evaluate_weights, match_classes
 from mobilenet_jax.training.sharding import make_mesh, replicate, shard_eval_step
 from mobilenet_jax.training.steps import eval_step
 from mobilenet_jax.weights.load import load_weights
@@ -110,6 +110,21 @@ def test_another_count_than_the_data_sets_is_an_error(count):
     logits, labels = make_answers(50, 6, levels=9)
     with pytest.raises(RuntimeError, match=f"evaluation saw 50 images instead of {count}"):
         evaluate_answers(logits, labels, size=8, count=count)
+
+
+def test_several_sets_of_variables_share_one_reading_of_the_images():
+    logits, labels = make_answers(100, 3, levels=9)
+    mesh = make_mesh(jax.devices()[:1])
+
+    def scaled_step(variables, batch):
+        answers = {**batch, "images": batch["images"] * variables["sign"]}
+        return eval_step({}, answers, model=Pixels(), **PLAIN)
+
+    kinds = {"plain": {"sign": np.uint8(1)}, "none": {"sign": np.uint8(0)}}
+    batches = iter(make_batches(logits, labels, 16))  # can be read once
+    found = evaluate_all(shard_eval_step(scaled_step, mesh), kinds, batches, count=100, mesh=mesh)
+    assert found["plain"].metrics == evaluate_answers(logits, labels, size=16).metrics
+    assert found["none"].metrics["top1"] == (labels == 0).mean()  # of equal logits the first wins
 
 
 def test_no_batches_is_an_error():

@@ -1,101 +1,29 @@
-"""The run as a whole, on one device: several are the business of `test_sharding`."""
+"""A run as a whole: its files, stopping and continuing, and steps that go wrong."""
 
 import importlib
 import json
-import logging
-import math
 import os
 import shutil
 import signal
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from runs import STEPS, assert_same_run, make_config, read_result, send_at
 
 from benchmarks import kill_resume
-from configs import base
-from mobilenet_jax.data.decode import UnreadableImageError
-from mobilenet_jax.data.loader import make_train_iterator
-from mobilenet_jax.models.init import init_variables
-from mobilenet_jax.models.network import create_model
-from mobilenet_jax.training import run as train
+from mobilenet_jax.data.loader import TrainIterator, make_train_iterator
+from mobilenet_jax.training import loop
 from mobilenet_jax.training.config import flatten_config
-from mobilenet_jax.training.plan import make_plan, warn_of_slow_statistics
-from mobilenet_jax.training.run import NonFiniteError, Run, train_and_evaluate
-from mobilenet_jax.training.sharding import make_mesh
+from mobilenet_jax.training.run import NonFiniteError, evaluate_run, prepare, train_and_evaluate
 from mobilenet_jax.training.signals import StopSignals
-from mobilenet_jax.weights.card import HALF, Preprocessing, make_card
-from mobilenet_jax.weights.load import load_weights
-from mobilenet_jax.weights.save import save_weights
 from mobilenet_jax.workdir.checkpoint import read_checkpoint
 from mobilenet_jax.workdir.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_device")
 event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")  # generated: no types
-STEPS = 12
-
-
-def make_config(**values) -> Any:
-    """A run of seconds with momentum, averages, dropout and augmentation; dotted keys as `optim__name`."""
-    config: Any = base.get_config()
-    settings = {
-        "model__name": "mobilenet_v1",
-        "model__width": 0.1,
-        "model__stride_one": (0,),
-        "data__image_size": 16,
-        "data__batch_size": 32,
-        "data__crop": "pad",
-        "train__steps": STEPS,
-        "train__log_every_steps": 3,
-        "train__eval_every_epochs": 0.15,  # 7 of the 44.9 steps of an epoch
-        "train__save_every_epochs": 0.09,  # 4
-        "optim__schedule": "constant",
-        "optim__lr_per_256": 0.4,
-        "ema__decay": 0.9,
-        **values,
-    }
-    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in settings.items()})
-    return config
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """The workdir of a finished run of `make_config()`."""
-    workdir = tmp_path_factory.mktemp("run") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-        train_and_evaluate(make_config(), workdir)
-    return workdir
-
-
-def read_result(workdir: Path) -> dict:
-    return json.loads((workdir / "result.json").read_text())
-
-
-def send_at(monkeypatch, step: int, number: signal.Signals) -> None:
-    """Have a signal come while `step` is being computed."""
-    original = Run._next_batch
-
-    def next_batch(self):
-        if int(self._state.step) == step - 1:
-            os.kill(os.getpid(), number)
-        return original(self)
-
-    monkeypatch.setattr(Run, "_next_batch", next_batch)
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    """All that must be equal to the last bit is."""
-    assert kill_resume.find_differences(kill_resume.read_run(first), kill_resume.read_run(second)) == []
 
 
 # A run to its end.
@@ -139,6 +67,9 @@ def test_files_of_a_finished_run(finished):
         "processes": 1,
     }
     assert json.loads((finished / "environment.json").read_text())["packages"]["jax"] == jax.__version__
+    startup = json.loads((finished / "startup.json").read_text())
+    assert list(startup) == ["data", "init", "trace", "compile"]
+    assert all(seconds >= 0 for seconds in startup.values())
     confusion = np.loadtxt(finished / "confusion.csv", delimiter=",", dtype=int)
     result = read_result(finished)
     assert confusion.shape == (10, 10)
@@ -165,20 +96,24 @@ def test_result_is_that_of_the_last_step_and_of_the_averages(finished):
 
 
 def test_a_better_evaluation_before_the_last_is_not_the_result(tmp_path, monkeypatch):
-    original, tops = Run._evaluate_both, iter([0.99, 0.5])
+    original, tops = loop.make_evaluator, iter([0.99, 0.5])
 
-    def evaluate_both(self):
-        metrics = original(self) | {"eval/top1": next(tops)}
-        self._evaluation = metrics
-        return metrics
+    def make_evaluator(task, mesh):
+        evaluate = original(task, mesh)
 
-    monkeypatch.setattr(Run, "_evaluate_both", evaluate_both)
+        def with_top1(state):
+            found = evaluate(state)
+            return found._replace(metrics=found.metrics | {"eval/top1": next(tops)})
+
+        return with_top1
+
+    monkeypatch.setattr(loop, "make_evaluator", make_evaluator)
     result = train_and_evaluate(make_config(ema__decay=0.0, train__steps=8), tmp_path)
     assert (result["variables"], result["top1"]) == ("last", 0.5)
 
 
 def test_finished_run_gives_its_result_and_trains_nothing(finished, monkeypatch):
-    monkeypatch.setattr(Run, "_next_batch", lambda self: pytest.fail("a finished run trains"))
+    monkeypatch.setattr(TrainIterator, "__next__", lambda self: pytest.fail("a finished run trains"))
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert train_and_evaluate(make_config(), finished) == read_result(finished)
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
@@ -186,14 +121,13 @@ def test_finished_run_gives_its_result_and_trains_nothing(finished, monkeypatch)
 
 def test_evaluation_of_a_finished_run_gives_its_numbers_again(finished):
     last = read_metrics(finished)[-1]
-    with Run(make_config(), finished) as run:
-        found = run.evaluate()
+    found = evaluate_run(make_config(), finished)
     assert found == {"step": STEPS} | {k: v for k, v in last.items() if k.startswith(("eval/", "eval_ema/"))}
 
 
 def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
-    with Run(make_config(), tmp_path) as run, pytest.raises(FileNotFoundError, match="has no checkpoint to evaluate"):
-        run.evaluate()
+    with pytest.raises(FileNotFoundError, match="has no checkpoint to evaluate"):
+        evaluate_run(make_config(), tmp_path)
 
 
 # Stopping and continuing.
@@ -220,8 +154,8 @@ def test_trap_29_resumed_steps_do_not_repeat_the_first_ones_randomness(finished,
     with monkeypatch.context() as patch:
         send_at(patch, 4, signal.SIGTERM)
         train_and_evaluate(make_config(), tmp_path)
-    with Run(make_config(), tmp_path) as run:
-        batch = next(run._iterator)
+    with prepare(make_config(), tmp_path) as run:
+        batch = next(run.images.iterator)
     config = make_config()
     stream = make_train_iterator(config.data, seed=config.seed, process_index=0, process_count=1)
     batches = [next(stream) for _ in range(5)]
@@ -263,19 +197,19 @@ def test_kills_at_random_moments_leave_no_trace(tmp_path, monkeypatch):
 
 def break_step(monkeypatch, bad_step: int, change) -> None:
     """Have `change(state, sums)` come out of the compiled step `bad_step`."""
-    original = Run._compile
+    original = loop.compile_step
 
-    def compile_step(self, batch, key, **phase):
-        compiled = original(self, batch, key, **phase)
+    def compile_step(*arguments, **phase):
+        compiled, seconds = original(*arguments, **phase)
 
         def step(state, batch, key):
             done = int(state.step) + 1
             state, sums = compiled(state, batch, key)
             return change(state, sums) if done == bad_step else (state, sums)
 
-        return step
+        return step, seconds
 
-    monkeypatch.setattr(Run, "_compile", compile_step)
+    monkeypatch.setattr(loop, "compile_step", compile_step)
 
 
 def spoil(name: str):
@@ -311,50 +245,6 @@ def test_a_huge_learning_rate_is_caught(tmp_path):
         train_and_evaluate(make_config(optim__lr_per_256=1e37), tmp_path)
 
 
-# Lengths and rates.
-
-
-def test_steps_come_before_epochs_and_may_be_a_share_of_one():
-    assert make_plan(make_config(train__steps=None, train__epochs=0.5), 1437).total_steps == math.ceil(1437 / 64)
-    assert make_plan(make_config(train__steps=7, train__epochs=100.0), 1437).total_steps == 7
-
-
-def test_trap_20_an_override_of_the_batch_size_leaves_nothing_stale(tmp_path):
-    plans, rates = [], []
-    for batch_size in (32, 64):
-        config = make_config(data__batch_size=batch_size, train__steps=None, train__epochs=2.0)
-        with Run(config, tmp_path / str(batch_size)) as run:
-            plans.append(run.plan)
-            rates.append(np.asarray(run.schedule(0)).item())
-    assert [plan.total_steps for plan in plans] == [90, 45]
-    assert [plan.steps_per_epoch for plan in plans] == [1437 / 32, 1437 / 64]
-    assert [(plan.eval_every, plan.save_every) for plan in plans] == [(7, 4), (3, 2)]
-    assert rates == pytest.approx([0.4 * 32 / 256, 0.4 * 64 / 256])
-
-
-@pytest.mark.parametrize(
-    ("bn_decay", "steps", "fits"), [(0.9997, 450, False), (0.99, 100, False), (0.9, 450, True), (0.99, 450, True)]
-)
-def test_trap_17_statistics_too_slow_for_the_run_are_said(caplog, bn_decay, steps, fits):
-    warn_of_slow_statistics(bn_decay, steps)
-    assert (caplog.text == "") == fits
-    if not fits:
-        assert f"model.bn_decay = {bn_decay:g}" in caplog.text
-        share = float(caplog.text.rpartition(";")[2].split()[0])
-        assert share**steps <= 0.011
-        caplog.clear()
-        warn_of_slow_statistics(share, steps)
-        assert caplog.text == ""
-
-
-def test_trap_17_is_part_of_a_run_with_moving_statistics(tmp_path, caplog):
-    slow: dict = {"model__bn_decay": 0.9997, "train__steps": 100}
-    for freeze, warned in ((True, False), (False, True)):
-        caplog.clear()
-        Run(make_config(**slow, train__freeze_stats=freeze), tmp_path).close()
-        assert ("model.bn_decay = 0.9997" in caplog.text) == warned
-
-
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -380,325 +270,6 @@ def test_trap_17_is_part_of_a_run_with_moving_statistics(tmp_path, caplog):
 )
 def test_impossible_values_are_refused_before_anything_is_written(tmp_path, key, value, message):
     with pytest.raises(ValueError, match=message) as error:
-        Run(make_config(**{key: value}), tmp_path / "run")
+        train_and_evaluate(make_config(**{key: value}), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
-
-
-# What a run starts from.
-
-
-def test_init_takes_the_averages_of_another_run_and_evaluates_what_is_held_out(finished, tmp_path):
-    config = make_config(init=str(finished), data__holdout=0.3)
-    with Run(config, tmp_path) as run:
-        source, _ = read_checkpoint(finished)
-        for part in ("params", "batch_stats"):
-            for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(run._state, part)):
-                name = f"ema.{part}.{jax.tree_util.keystr(path, simple=True, separator='.')}"
-                np.testing.assert_array_equal(np.asarray(leaf), source[name])
-        assert run.start_step == 0
-        assert run.info.train_count + run.info.eval_count == 1437
-        assert run.evaluate()["eval/count"] == run.info.eval_count == pytest.approx(0.3 * 1437, abs=10)
-
-
-def test_init_of_another_width_or_of_nothing_is_refused(finished, tmp_path):
-    with pytest.raises(ValueError, match="does not fit the model"):
-        Run(make_config(init=str(finished), model__width=0.25), tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"there are no weights .*nothing; valid: a file"):
-        Run(make_config(init=str(tmp_path / "nothing")), tmp_path)
-
-
-def test_init_takes_a_file_of_another_framework_if_its_sums_are_the_models(tmp_path):
-    model = create_model("mobilenet_v2", width=0.25, num_classes=10, convention="torchvision")
-    variables = init_variables(model, seed=5)
-    path = tmp_path / "w.pth"
-    card = {"name": "", "model": "mobilenet_v2", "width": 0.25, "convention": "torchvision"}
-    card |= {"preprocessing": asdict(HALF), "class_names": None, "source": {}, "metrics": {}, "notes": []}
-    save_weights(path, model, variables, card, format="torchvision")
-    here = {"model__name": "mobilenet_v2", "model__width": 0.25, "init": str(path)}
-    with pytest.raises(
-        ValueError, match=r"padding symmetric and bn_epsilon 1e-05, .*set model.convention to torchvision"
-    ):
-        Run(make_config(**here), tmp_path / "run")
-    with Run(make_config(**here, model__convention="torchvision"), tmp_path / "run") as run:
-        for found, expected in zip(
-            jax.tree.leaves(run._state.params), jax.tree.leaves(variables["params"]), strict=True
-        ):
-            np.testing.assert_array_equal(np.asarray(found), expected)
-    with pytest.raises(ValueError, match="does not fit torchvision/mobilenet_v3_small"):
-        Run(make_config(**here, init_name="torchvision/mobilenet_v3_small"), tmp_path / "run")
-
-
-def test_a_run_is_weights_with_a_card(finished):
-    model, variables, card = load_weights(finished, lowering="plain")
-    leaves, meta = read_checkpoint(finished)
-    for part in ("params", "batch_stats"):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(variables[part]):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            np.testing.assert_array_equal(leaf, leaves[f"ema.{part}.{name}"])
-    assert (model.lowering, model.spec.num_classes, model.spec.stem.stride) == ("plain", 10, 1)
-    assert (card["name"], card["model"], card["width"]) == ("mobilenet_v2", "mobilenet_v1", 0.1)
-    assert card["preprocessing"] == {key: meta["config"][f"data.{key}"] for key in asdict(HALF)}
-    assert card["class_names"] == list("0123456789")
-    assert card["metrics"]["eval_ema/top1"] == read_result(finished)["top1"]
-    # Any checkpoint of the run by its folder, and the whole of it in one file.
-    step = max(int(path.name) for path in (finished / "checkpoints").iterdir())
-    assert card["source"]["file"] == f"finished, step {step}"
-    assert load_weights(finished / "checkpoints" / str(step))[2]["source"]["sha256"] == card["source"]["sha256"]
-    save_weights(finished.parent / "w.safetensors", model, variables, card)
-    assert load_weights(finished.parent / "w.safetensors", lowering="plain")[0::2] == (model, card)
-
-
-def test_init_starts_a_classifier_of_other_classes_afresh(finished, tmp_path, caplog):
-    caplog.set_level(logging.INFO, logger="absl")
-    config = make_config(init=str(finished), data__source="fake:64", data__num_classes=4)
-    with Run(config, tmp_path) as run:
-        assert run._state.params["classifier"]["kernel"].shape[-1] == 4
-    assert "classifier starts afresh" in caplog.text
-
-
-def test_frozen_parts_stay_as_they_were(tmp_path):
-    config = make_config(optim__freeze=("^stem/", "^block_"), train__steps=2, optim__l2=0.1)
-    with Run(config, tmp_path) as run:
-        # The step donates its state.
-        before = jax.tree.map(np.array, run._state.params)
-        run.train()
-        after = run._state.params
-    for name, part in before.items():
-        same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (part, after[name])), strict=True)]
-        assert all(same) == name.startswith(("stem", "block_")), name
-
-
-# Transfer.
-
-NOT_CLASSIFIER = ("^(?!classifier/)",)
-PHASES: dict = {
-    "optim__freeze": NOT_CLASSIFIER,
-    "optim__freeze_epochs": 0.1,  # 4 steps
-    "optim__layer_decay": 0.8,
-    "optim__name": "adamw",
-    "optim__lr_per_256": 0.04,
-    "train__recompute_stats_epochs": 0.06,  # 3 batches
-}
-
-
-def make_probe_config(**values) -> Any:
-    cached: dict = {"train__cache_features": True, "train__freeze_stats": True, "optim__freeze": NOT_CLASSIFIER}
-    return make_config(**{**cached, "data__crop": "resize", **values})
-
-
-@pytest.fixture(scope="module")
-def phases(tmp_path_factory) -> Path:
-    """The workdir of a finished run whose layers thaw after 4 of 12 steps."""
-    workdir = tmp_path_factory.mktemp("run") / "phases"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-        train_and_evaluate(make_config(**PHASES), workdir)
-    return workdir
-
-
-def stop_after(monkeypatch, workdir: Path, step: int, config) -> dict[str, np.ndarray]:
-    """The arrays of the checkpoint of a run that a signal stopped."""
-    with monkeypatch.context() as patch:
-        send_at(patch, step, signal.SIGTERM)
-        assert train_and_evaluate(config, workdir)["step"] == step
-    return read_checkpoint(workdir)[0]
-
-
-def test_all_but_the_classifier_stay_to_the_bit_and_then_all_move(phases, tmp_path, monkeypatch):
-    config = make_config(**PHASES)
-    fresh = init_variables(train.build_model(config, train.describe(config.data)), seed=0)
-    start = {
-        f"{part}.{jax.tree_util.keystr(path, simple=True, separator='.')}": leaf
-        for part in ("params", "batch_stats")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(fresh[part])
-    }
-    leaves = stop_after(monkeypatch, tmp_path, 4, config)
-    same = {name: np.array_equal(leaves[name], value) for name, value in start.items()}
-    assert {name for name in same if not same[name]} == {"params.classifier.kernel", "params.classifier.bias"}
-    leaves, _ = read_checkpoint(phases)
-    assert not any(np.array_equal(leaves[name], value) for name, value in start.items())
-
-
-@pytest.mark.parametrize("step", [4, 6])
-def test_trap_27_phases_continue_to_the_same_bits_from_either_side(phases, tmp_path, monkeypatch, step):
-    stop_after(monkeypatch, tmp_path, step, make_config(**PHASES))
-    assert train_and_evaluate(make_config(**PHASES), tmp_path) == read_result(phases)
-    assert_same_run(phases, tmp_path)
-
-
-def test_trap_17_the_run_ends_with_statistics_of_its_last_parameters(phases):
-    """Of the averages as well: those of three batches of the training stream, here by NumPy for the stem."""
-    config = make_config(**PHASES)
-    stream = make_train_iterator(config.data, seed=config.seed, process_index=0, process_count=1)
-    images = np.concatenate([next(stream)["images"] for _ in range(3)])
-    stream.close()
-    leaves, meta = read_checkpoint(phases)
-    assert meta["iterator"]["next_batch"] == STEPS  # the stream that training would continue
-    inputs = jnp.asarray((images.astype(np.float32) - 127.5) / 127.5)
-    for kind in ("", "ema."):
-        maps = jax.lax.conv_general_dilated(
-            inputs,
-            jnp.asarray(leaves[f"{kind}params.stem.conv.kernel"]),
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        maps = np.asarray(maps, np.float64)
-        found = {leaf: leaves[f"{kind}batch_stats.stem.norm.{leaf}"] for leaf in ("mean", "var")}
-        np.testing.assert_allclose(found["mean"], maps.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found["var"], maps.var((0, 1, 2)), rtol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def probe(finished, tmp_path_factory) -> Path:
-    """The workdir of a finished linear probe of `finished` on other digits than it was trained on."""
-    workdir = tmp_path_factory.mktemp("run") / "probe"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-        train_and_evaluate(make_probe_config(init=str(finished)), workdir)
-    return workdir
-
-
-def test_a_probe_evaluates_on_features_as_the_whole_network_does_on_images(finished, probe):
-    last = read_metrics(probe)[-1]
-    with Run(make_probe_config(init=str(finished)), probe) as run:
-        found = run.evaluate()
-    for name in ("eval", "eval_ema"):
-        assert found[f"{name}/top1"] == last[f"{name}/top1"]
-        assert found[f"{name}/loss"] == pytest.approx(last[f"{name}/loss"], rel=1e-5)
-    leaves, source = (read_checkpoint(workdir)[0] for workdir in (probe, finished))
-    changed = {
-        name
-        for name, leaf in leaves.items()
-        if name.startswith(("params.", "batch_stats.")) and not np.array_equal(leaf, source[f"ema.{name}"])
-    }
-    assert changed == {"params.classifier.kernel", "params.classifier.bias"}
-    width = leaves["params.classifier.kernel"].shape[0]
-    assert read_result(probe)["trained"] == width * 10 + 10
-
-
-def test_trap_27_a_probe_continues_to_the_same_bits(finished, probe, tmp_path, monkeypatch):
-    config = make_probe_config(init=str(finished))
-    stop_after(monkeypatch, tmp_path, 5, config)
-    assert train_and_evaluate(config, tmp_path) == read_result(probe)
-    assert_same_run(probe, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("data__flip", True, r"train\.cache_features sees each image once, .*; data\.flip is True; valid"),
-        ("data__crop", "pad", r"data\.crop is 'pad'; valid: data\.crop='resize'"),
-        ("train__recompute_stats_epochs", 1.0, r"train\.recompute_stats_epochs is not 0"),
-        ("optim__freeze_epochs", 1.0, r"optim\.freeze_epochs is 1\.0"),
-        ("optim__freeze", ("^stem/",), r"trains the classifier alone; set optim\.freeze to"),
-        ("optim__freeze", (), r"trains the classifier alone"),
-    ],
-)
-def test_a_probe_of_what_changes_is_refused(tmp_path, key, value, message):
-    with pytest.raises(ValueError, match=message):
-        Run(make_probe_config(**{key: value}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def make_card_file(path: Path) -> Path:
-    """Weights of five classes whose card has a preprocessing of its own."""
-    model = create_model("mobilenet_v3_small", width=0.35, num_classes=5, convention="torchvision")
-    card = make_card(
-        name="mine",
-        model="mobilenet_v3_small",
-        width=0.35,
-        convention="torchvision",
-        spec=model.spec,
-        preprocessing=Preprocessing((100.0, 110.0, 120.0), (50.0, 60.0, 70.0), 40, 0.9, "bicubic"),
-        class_names=None,
-        source={},
-    )
-    save_weights(path, model, init_variables(model, seed=1), card)
-    return path
-
-
-FROM_CARD: dict = {key.replace(".", "__"): None for key in train.CARD_KEYS}
-
-
-def test_trap_24_network_and_preprocessing_are_those_of_the_weights_unless_set(tmp_path, caplog):
-    weights = make_card_file(tmp_path / "w.safetensors")
-    config = make_config(**{**FROM_CARD, "model__stride_one": (), "init": str(weights), "data__crop_share": 0.8})
-    with Run(config, tmp_path / "run") as run:
-        data, saved = run.config.data, run._flat_config
-        assert (data.image_size, data.crop_share, data.interpolation) == (40, 0.8, "bicubic")
-        assert (tuple(data.mean), tuple(data.std)) == ((100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
-        assert (
-            run.model.spec
-            == create_model(
-                "mobilenet_v3_small", width=0.35, num_classes=10, convention="torchvision", dropout=0.2, bn_decay=0.9
-            ).spec
-        )
-        assert None not in [saved[key] for key in train.CARD_KEYS]
-        assert run._state.params["classifier"]["kernel"].shape[-1] == 10
-    assert "was trained with other preprocessing: data.crop_share is 0.8, there 0.9" in caplog.text
-    assert config.data.image_size is None  # the caller's config is as it was
-
-
-def test_a_config_that_follows_weights_needs_some(tmp_path):
-    with pytest.raises(ValueError, match=r"model\.name, .* are none: as the weights have them; set init") as error:
-        Run(make_config(**FROM_CARD), tmp_path / "run")
-    assert "\n" not in str(error.value)
-
-
-# Images that cannot be read.
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """20 + 4 images in two classes, one of the 20 damaged."""
-    generator = np.random.default_rng(0)
-    root = tmp_path / "images"
-    for split, count in (("train", 10), ("test", 2)):
-        for name in ("a", "b"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    (root / "train" / "a" / "3.png").write_bytes(b"no image")
-    return root
-
-
-def make_folder_config(folder: Path, **values) -> Any:
-    return make_config(
-        data__source="folder", data__path=str(folder), data__batch_size=8, data__eval_batch_size=4, **values
-    )
-
-
-def test_an_unreadable_training_image_stops_the_run_by_name(folder, tmp_path):
-    with pytest.raises(UnreadableImageError, match=r"train/a/3\.png cannot be decoded") as error:
-        train_and_evaluate(make_folder_config(folder), tmp_path / "run")
-    assert "\n" not in str(error.value)
-
-
-def test_skipped_images_are_counted_and_the_count_survives_a_stop(folder, tmp_path, monkeypatch):
-    values: dict = {"data__on_error": "skip", "train__steps": 9, "train__log_every_steps": 1}
-    config = make_folder_config(folder, **values, train__save_every_epochs=0.0, train__eval_every_epochs=0.0)
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    result = train_and_evaluate(config, whole)
-    # 72 examples: three epochs of 20 images and 12 of the fourth.
-    counts = [line["data/skipped"] for line in read_metrics(whole)]
-    assert result["skipped"] == counts[-1]
-    assert 3 <= counts[-1] <= 4
-    assert counts == sorted(counts)
-    # Stopped just before a step that skips: what was read ahead is not counted.
-    at = next(i for i, count in enumerate(counts) if count > counts[0]) or 1
-    with monkeypatch.context() as patch:
-        send_at(patch, at, signal.SIGTERM)
-        assert train_and_evaluate(config, stopped)["step"] == at
-    assert train_and_evaluate(config, stopped) == result
-    assert [line["data/skipped"] for line in read_metrics(stopped)] == counts
-
-
-def test_evaluation_never_skips(folder, tmp_path):
-    (folder / "train" / "a" / "3.png").unlink()
-    (folder / "test" / "b" / "1.png").write_bytes(b"no image")
-    config = make_folder_config(folder, data__on_error="skip", train__steps=1)
-    with pytest.raises(UnreadableImageError, match=r"test/b/1\.png cannot be decoded"):
-        train_and_evaluate(config, tmp_path / "run")

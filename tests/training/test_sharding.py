@@ -23,10 +23,10 @@ from mobilenet_jax.models import zoo
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import Conv, InvertedResidual, Spec
+from mobilenet_jax.training import build
 from mobilenet_jax.training import run as train
 from mobilenet_jax.training.sharding import (
     AXIS,
-    check_batch_size,
     describe_devices,
     make_key,
     make_mesh,
@@ -224,12 +224,6 @@ def test_batch_is_split_in_order_and_state_is_everywhere():
         np.testing.assert_array_equal(shard.data, np.arange(3))
 
 
-@pytest.mark.parametrize("size", [12, 4, 8.5])
-def test_batch_size_that_devices_cannot_share_is_refused(size):
-    with pytest.raises(ValueError, match=rf"data\.batch_size is {size}; with 8 devices .* multiple of 8"):
-        check_batch_size("data.batch_size", size, mesh_of(8))
-
-
 # Whole runs: the tiny network under a name of its own, trained on digits by the command line.
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,7 +267,7 @@ def start(workdir: Path, *, steps: int, processes: int) -> list[subprocess.Popen
     command += ["--workdir", str(workdir), "--compilation_cache", str(workdir.parent / "cache")]
     if processes > 1:
         command += ["--coordinator_address", f"127.0.0.1:{free_port()}", "--num_processes", str(processes)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "training")])
     env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
     ids = [["--process_id", str(i)] if processes > 1 else [] for i in range(processes)]
@@ -319,7 +313,7 @@ def two_processes(tmp_path_factory) -> dict[str, Any]:
 def train_on(devices: int, parallel: str, workdir: Path, monkeypatch) -> list[float]:
     """The first five losses of the same run on some of this process's devices."""
     monkeypatch.setitem(zoo.MODELS, "tiny", make_tiny_spec)
-    monkeypatch.setattr(train, "make_mesh", lambda: mesh_of(devices))
+    monkeypatch.setattr(build, "make_mesh", lambda: mesh_of(devices))
     config = v2.get_config()
     config.update_from_flattened_dict({**OVERRIDES, "train.steps": 5, "parallel": parallel})
     train.train_and_evaluate(config, workdir)

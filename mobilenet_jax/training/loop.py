@@ -1,0 +1,143 @@
+"""The training loop."""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from absl import logging
+
+from mobilenet_jax.training.build import Setup
+from mobilenet_jax.training.dead_filters import count_dead_filters
+from mobilenet_jax.training.evaluate import StateEvaluation, make_evaluator
+from mobilenet_jax.training.log import Log
+from mobilenet_jax.training.profile import Profiler
+from mobilenet_jax.training.sharding import AXIS, make_key, put_batch, shard_train_step
+from mobilenet_jax.training.signals import StopSignals
+from mobilenet_jax.training.start import Start
+from mobilenet_jax.training.steps import StepOptions, Sums, TrainState, train_step
+from mobilenet_jax.training.task import Task, recompute_stats
+from mobilenet_jax.workdir.checkpoint import Checkpoints
+from mobilenet_jax.workdir.files import write_json_atomic
+
+
+@dataclass(frozen=True)
+class End:
+    """What a loop leaves behind."""
+
+    state: TrainState
+    evaluation: StateEvaluation | None  # the last evaluation, if there was one
+    stopped: bool  # by a signal, with a checkpoint saved
+
+
+def train(
+    setup: Setup,
+    task: Task,
+    start: Start,
+    *,
+    log: Log,
+    checkpoints: Checkpoints,
+    profiler: Profiler,
+    signals: StopSignals,
+    seconds: dict[str, float],
+) -> End:
+    """Train to the last step of the plan, or to a signal.
+
+    The order within a step: next batch, step, log of the step before, evaluation, save. Evaluations and saves wait for
+    their own step, because a step that is not finite is never saved. `seconds` are the parts of the start so far.
+    """
+    plan, state, step_fn, evaluation, stops = setup.plan, start.state, None, None, False
+    key, evaluate = make_key(setup.config.seed, setup.mesh), make_evaluator(task, setup.mesh)
+    log.restart_line()
+    for step in range(start.step + 1, plan.total_steps + 1):
+        batch, skipped = next_batch(setup, task, log)
+        if step_fn is None or step == plan.freeze_steps + 1:
+            with log.paused():
+                step_fn, parts = compile_step(setup, task, state, batch, key, frozen=step <= plan.freeze_steps)
+            report_start(setup, step, seconds, log.restart_line(), parts)
+            seconds = {}
+        with profiler.step(step, state):
+            state, sums = step_fn(state, batch, key)
+        log.add(step, {**sums, **diagnose(setup, step, state)}, skipped)
+        stops = signals.should_stop(may_ask=plan.is_due(step, plan.log_every))
+        evaluates, saves = plan.is_due(step, plan.eval_every), plan.is_due(step, plan.save_every) or stops
+        if evaluates or saves:
+            log.read()
+            with log.paused():
+                if step == plan.total_steps and plan.stats_batches:
+                    state = recompute_stats(setup, task, state)
+                evaluation = evaluate(state) if evaluates else evaluation
+                if evaluates or plan.is_due(step, plan.log_every):
+                    log.write(step, evaluation.metrics if evaluates and evaluation else {})
+                if saves:
+                    checkpoints.save(step, state, task.iterator, {**describe_run(setup), **log.seal(step, state)})
+        if stops:
+            break
+    checkpoints.wait()
+    return End(state, evaluation, stops)
+
+
+def next_batch(setup: Setup, task: Task, log: Log) -> tuple[dict[str, jax.Array], int]:
+    """Return the next batch on the devices, and the number of unreadable images that were passed over for it."""
+    with log.waiting():
+        batch = next(task.iterator)
+    skipped = int(batch.pop("skipped").sum())
+    return put_batch(batch, setup.mesh), skipped
+
+
+def compile_step(
+    setup: Setup, task: Task, state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, frozen: bool
+) -> tuple[Callable, dict[str, float]]:
+    """Return the compiled training step, and the seconds of tracing and compiling.
+
+    `frozen`: the step of the phase in which the parameters of optim.freeze are not trained.
+    """
+    config, network = setup.config, task.network
+    if frozen and config.optim.freeze_epochs is not None:
+        network = network.clone(freeze_stats=True)
+    options = StepOptions(
+        mean=task.mean,
+        std=task.std,
+        frozen=setup.frozen if frozen else None,
+        label_smoothing=config.train.label_smoothing,
+        mixup=config.data.mixup,
+        cutmix=config.data.cutmix,
+        mix_probability=config.data.mix_probability,
+        accumulate=config.train.accumulate,
+        ema_decay=config.ema.decay,
+        axis=AXIS if config.parallel == "pmap" else None,
+    )
+    step = functools.partial(train_step, model=network, optimizer=setup.optimizer, options=options)
+    start = time.perf_counter()
+    lowered = shard_train_step(step, setup.mesh, config.parallel).lower(state, batch, key)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    return compiled, {"trace": traced - start, "compile": time.perf_counter() - traced}
+
+
+def report_start(setup: Setup, step: int, before: dict[str, float], waited: float, parts: dict[str, float]) -> None:
+    """Log the seconds that passed before the first step of a phase; write those of the process to startup.json.
+
+    `before` are the parts until the loop, `waited` the wait for the first batch, `parts` tracing and compiling.
+    """
+    seconds = {**before, "data": before.get("data", 0.0) + waited, **parts}
+    which = "first step of all layers" if step > setup.plan.freeze_steps else "first step"
+    listed = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    logging.info("%s after %.1f s: %s", which, sum(seconds.values()), listed)
+    if before and jax.process_index() == 0:
+        write_json_atomic(setup.workdir / "startup.json", seconds)
+
+
+def diagnose(setup: Setup, step: int, state: TrainState) -> Sums:
+    """Return the counts of dead filters where `train.diagnose_every_steps` wants them, otherwise nothing."""
+    every = setup.config.train.diagnose_every_steps
+    if not every or not setup.plan.is_due(step, every):
+        return {}
+    return count_dead_filters(setup.model.spec, state.params, state.batch_stats)
+
+
+def describe_run(setup: Setup) -> dict[str, Any]:
+    """Return what a checkpoint says of the run it belongs to."""
+    return {"config": setup.flat_config, "class_names": list(setup.info.class_names)}

@@ -1,0 +1,85 @@
+"""Each impossible value of a config is one sentence that names the key and the valid values."""
+
+from typing import Any
+
+import pytest
+
+from configs import base
+from mobilenet_jax.training.config import flatten_config
+from mobilenet_jax.training.validate import RULES, check_config, check_divides, check_rules
+
+
+def make_config(**changes) -> Any:
+    config: Any = base.get_config()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+def test_the_base_config_is_valid():
+    check_config(make_config(), device_count=1, process_count=1)
+
+
+def test_each_rule_is_of_a_key_and_accepts_its_default():
+    flat = flatten_config(base.get_config())
+    assert RULES.keys() <= flat.keys()
+    for key, rule in RULES.items():
+        assert flat[key] is None or rule.holds(flat[key]), key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optim__name": "adam"}, r"optim\.name is 'adam'; valid: rmsprop, sgd, adamw$"),
+        ({"optim__schedule": "step"}, r"optim\.schedule is 'step'; valid: cosine, staircase, constant$"),
+        ({"optim__lr_per_256": 0.0}, r"optim\.lr_per_256 is 0\.0; valid: a number above 0"),
+        ({"optim__lr_per_256": float("inf")}, r"optim\.lr_per_256 is inf"),
+        ({"optim__momentum": 1.0}, r"optim\.momentum is 1\.0; valid: from 0 up to, not including, 1"),
+        ({"optim__decay_factor": 1.5}, r"optim\.decay_factor is 1\.5"),
+        ({"optim__l2": -1e-5}, r"optim\.l2 is -1e-05; valid: 0 \(none\) or more"),
+        ({"optim__weight_decay": float("nan")}, r"optim\.weight_decay is nan"),
+        ({"optim__decay_rules": (("kernel$", -1.0),)}, r"optim\.decay_rules is .*; valid: pairs of a pattern"),
+        ({"optim__decay_rules": ("kernel$", 1.0)}, r"optim\.decay_rules is .*; valid: pairs of a pattern"),
+        ({"optim__freeze": (1,)}, r"optim\.freeze is \(1,\); valid: a tuple of patterns"),
+        ({"optim__layer_decay": 0.0}, r"optim\.layer_decay is 0\.0"),
+        (
+            {"optim__freeze_epochs": 2.0},
+            r"optim\.freeze_epochs is 2\.0, optim\.freeze \(\); valid: 0 or more for the patterns",
+        ),
+        ({"optim__freeze_epochs": -1.0, "optim__freeze": ("^stem/",)}, r"optim\.freeze_epochs is -1\.0"),
+        ({"train__label_smoothing": 1.0}, r"train\.label_smoothing is 1\.0"),
+        ({"train__epochs": float("nan")}, r"train\.epochs is nan"),
+        ({"data__mixup": -0.1}, r"data\.mixup is -0\.1; valid: 0 \(off\) or more"),
+        ({"data__cutmix": float("nan")}, r"data\.cutmix is nan"),
+        ({"data__mix_probability": 1.5}, r"data\.mix_probability is 1\.5; valid: from 0 to 1"),
+        ({"data__mix_probability": -0.1}, r"data\.mix_probability is -0\.1"),
+        ({"ema__decay": 1.0}, r"ema\.decay is 1\.0"),
+        ({"ema__decay": -0.1}, r"ema\.decay is -0\.1"),
+        ({"ema__decay": float("nan")}, r"ema\.decay is nan"),
+        ({"data__mixup": float("inf")}, r"data\.mixup is inf; valid: 0 \(off\) or more"),
+        ({"data__area_range": (0.5, 0.1)}, r"data\.area_range is \(0\.5, 0\.1\); valid: two rising shares"),
+        ({"data__crop": "pad", "data__pad": 32}, r"data\.pad is 32; valid: less than data\.image_size, 32"),
+        ({"data__std": (1.0, 0.0, 1.0)}, r"data\.std is \(1\.0, 0\.0, 1\.0\); valid: 3 grey levels above 0"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check_config(make_config(**change), device_count=1, process_count=1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_section_is_checked_by_itself():
+    data = make_config(data__crop="middle").data
+    with pytest.raises(ValueError, match=r"data\.crop is 'middle'; valid: "):
+        check_rules(data, "data")
+
+
+@pytest.mark.parametrize("size", [12, 4, 8.5])
+def test_batch_size_that_devices_cannot_share_is_refused(size):
+    with pytest.raises(ValueError, match=rf"data\.batch_size is {size}; with 8 devices .* multiple of 8"):
+        check_divides("data.batch_size", size, 8)
+
+
+def test_batch_size_that_processes_cannot_share_is_refused():
+    config = make_config(data__batch_size=9)
+    with pytest.raises(ValueError, match=r"data\.batch_size is 9; valid: a multiple of the 2 processes"):
+        check_config(config, device_count=1, process_count=2)
