@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from mobilenet_jax.models.cost import Cost, compute_cost
-from mobilenet_jax.models.spec import Spec, to_json
+from mobilenet_jax.models.spec import Spec
+from mobilenet_jax.models.spec_json import to_json
 from mobilenet_jax.models.zoo import CONVENTIONS, MODELS, make_spec
 
 _BYTES = 4  # float32

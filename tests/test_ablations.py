@@ -19,7 +19,8 @@ from mobilenet_jax.training.config import flatten_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = sorted(path.stem for path in (ROOT / "configs" / "ablations").glob("*.py"))
-GOLDENS = json.loads((ROOT / "tests" / "models" / "goldens.json").read_text())["rows"]
+with open(ROOT / "tests" / "models" / "architectures.csv", newline="") as _file:
+    KERAS = [row for row in csv.DictReader(_file) if row["framework"] == "keras"]
 
 # ml_collections loads config files by a way that Python is about to drop.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
@@ -32,10 +33,10 @@ def make_study(name: str, dataset: str = "digits") -> Study:
 
 def golden(model: str, width: float = 1.0, resolution: int = 224) -> tuple[int, int]:
     """(params, multiply-adds) as counted on Keras' own network."""
-    key = (model, width, resolution, "keras")
-    rows = [row for row in GOLDENS if tuple(row[k] for k in ("model", "width", "resolution", "convention")) == key]
+    key = (model.removeprefix("mobilenet_"), width, resolution)
+    rows = [row for row in KERAS if (row["family"], float(row["width"]), int(row["resolution"])) == key]
     assert len(rows) == 1, key
-    return rows[0]["params"], rows[0]["madds"]
+    return int(rows[0]["trainable_params"]), int(rows[0]["madds"])
 
 
 def count(study: Study, variant: str, num_classes: int = 1000) -> tuple[int, int]:
@@ -134,14 +135,9 @@ def test_bases_on_imagenet_are_the_published_networks():
             assert count(study, study.baseline) == golden(study.config.model.name), name
 
 
-def test_width_study_has_the_networks_of_keras(reference):
-    with open(reference / "reference" / "architectures.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row["framework"], row["family"]) == ("keras", "v1")]
-    counts = {
-        float(row["width"]): (int(row["trainable_params"]), int(row["madds"]))
-        for row in rows
-        if row["resolution"] == "224"
-    }
+def test_width_study_has_the_networks_of_keras():
+    widths = [float(row["width"]) for row in KERAS if (row["family"], row["resolution"]) == ("v1", "224")]
+    counts = {width: golden("mobilenet_v1", width) for width in widths}
     study = make_study("width", "imagenet")
     assert {float(v.removeprefix("width_")): count(study, v) for v in study.variants} == counts
 

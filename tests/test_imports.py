@@ -28,19 +28,23 @@ FLOORS = {
 }
 # Inside `models`: the textbook from the network down, and tables of `spec` alone.
 MODELS = {
-    "network": {"blocks", "depthwise", "init", "layers", "spec", "zoo"},
-    "blocks": {"attention", "layers", "spec"},
+    "network": {"activations", "blocks", "cpu", "init", "layers", "ops", "spec", "zoo"},
+    "blocks": {"activations", "attention", "layers", "ops", "spec"},
     "attention": set(),
-    "layers": {"depthwise", "init", "spec"},
-    "depthwise": {"spec"},
-    "init": {"spec"},
-    "folded": {"spec"},
-    "spec": set(),
+    "layers": {"activations", "cpu", "init", "ops", "spec"},
+    "cpu": {"activations", "spec"},
+    "activations": set(),
+    "init": {"ops", "spec"},
+    "folded": {"ops", "spec"},
+    "ops": set(),
+    "spec": {"ops"},
+    "options": {"spec"},
+    "spec_json": {"spec"},
     **{table: {"spec"} for table in ("v1", "v2", "v3", "v4", "edgetpu")},
-    "zoo": {"spec", "v1", "v2", "v3", "v4", "edgetpu"},
-    "cost": {"spec"},
+    "zoo": {"options", "spec", "v1", "v2", "v3", "v4", "edgetpu"},
+    "cost": {"ops", "spec"},
 }
-WITHOUT_JAX = ["spec", "v1", "v2", "v3", "v4", "edgetpu", "zoo", "cost"]
+WITHOUT_JAX = ["ops", "spec", "options", "spec_json", "v1", "v2", "v3", "v4", "edgetpu", "zoo", "cost"]
 
 
 def list_imports(name: str) -> set[str]:

@@ -15,10 +15,11 @@ from flax import linen as nn
 from jax import lax
 
 from mobilenet_jax.diagnosis.measures import Moments, compare_logits, measure_rank
+from mobilenet_jax.models.activations import ACTIVATIONS
 from mobilenet_jax.models.folded import list_layers
-from mobilenet_jax.models.layers import ACTIVATIONS, ConvNorm, Dense
+from mobilenet_jax.models.layers import ConvNorm, Dense
 from mobilenet_jax.models.network import MobileNet
-from mobilenet_jax.models.spec import Op
+from mobilenet_jax.models.ops import ConvOp, DenseOp
 from mobilenet_jax.training.steps import normalise_images
 
 # (floor, ceiling) of an activation's output, where inputs of a whole range have one value: ReLU's 0, ReLU6's 0 and 6,
@@ -31,13 +32,13 @@ PLATEAUS: dict[str, tuple[float, float]] = {
 Batch = dict[str, np.ndarray]
 
 
-def needed_units(op: Op) -> int | None:
+def needed_units(op: ConvOp | DenseOp) -> int | None:
     """How many outputs of a 1x1 convolution must be off the plateaus for a pixel's input to be recovered, or output.
 
     What goes through it has min(C_in, C_out) dimensions; with fewer active units some are lost at that pixel
     (1801.04381, Lemma 2 in Appendix A). None where the kernel looks at other pixels too.
     """
-    return min(op.in_channels, op.filters) if op.kernel == 1 and not op.pooled else None
+    return min(op.in_channels, op.filters) if isinstance(op, ConvOp) and op.kernel == 1 and not op.pooled else None
 
 
 def capture(model: MobileNet, variables: dict, images: jax.Array) -> tuple[jax.Array, dict, dict]:
@@ -137,7 +138,7 @@ class Tally:
             total = self.answers.setdefault(kind, [0, 0.0])
             total[0], total[1] = total[0] + same, total[1] + divergence
 
-    def summarise(self, ops: dict[str, Op]) -> tuple[dict, list[dict], dict | None]:
+    def summarise(self, ops: dict[str, ConvOp | DenseOp]) -> tuple[dict, list[dict], dict | None]:
         """({path: a layer's "activations"}, bottlenecks, quantisation) of the report, as `report.py` documents them."""
         layers = {path: _summarise_counts(found, ops[path]) for path, found in self.counts.items()}
         bottlenecks = [
@@ -151,7 +152,7 @@ class Tally:
         return layers, bottlenecks, answers or None
 
 
-def _summarise_counts(found: dict[str, Any], op: Op) -> dict:
+def _summarise_counts(found: dict[str, Any], op: ConvOp | DenseOp) -> dict:
     pixels = int(found["pixels"])
     units = pixels * op.filters
     summary: dict = {

@@ -55,7 +55,7 @@ def _draw_filters(figure: SubFigure, report: dict, layers: Sequence[Layer]) -> N
         count = min(layer.op.filters, _MAX_FILTERS)
         grid = tile_filters(layer.kernel[:, :, 0, :count], columns=_COLUMNS)
         axes.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-        side = layer.op.kernel + 1
+        side = len(layer.kernel) + 1
         for channel in (channel for channel in dead if channel < count):
             y, x = divmod(channel, _COLUMNS)
             frame = (x * side - 0.5, y * side - 0.5)

@@ -66,8 +66,8 @@ def quantise_variables(spec: Spec, variables: dict, *, per_channel: bool) -> dic
     leaves: dict[str, Any] = dict(traverse_util.flatten_dict(variables, sep="/"))
     for layer in list_layers(spec, variables):
         rounded = quantise(layer.kernel * layer.factor, per_channel=per_channel)
-        name = f"params/{layer.path}/{'kernel' if layer.op.bias else 'conv/kernel'}"
         # Where the factor is 0 nothing comes through, whatever the weights are.
         usable = layer.factor != 0
-        leaves[name] = np.where(usable, rounded / np.where(usable, layer.factor, 1), layer.kernel).astype(np.float32)
+        unfolded = np.where(usable, rounded / np.where(usable, layer.factor, 1), layer.kernel)
+        leaves[layer.kernel_path] = unfolded.astype(np.float32)
     return traverse_util.unflatten_dict(leaves, sep="/")

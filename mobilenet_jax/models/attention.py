@@ -1,20 +1,20 @@
-"""Attention between the pixels of maps, by query heads that share one key and one value."""
+"""Attention between the pixels of maps: many query heads share one key and one value."""
 
 import jax
 import jax.numpy as jnp
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int) -> jax.Array:
-    """Multi-query attention (1911.02150 sec. 3), softmax in float32.
+    """Compute multi-query attention (1911.02150 sec. 3), with the softmax in float32.
 
     Args:
-      query: [B, H, W, heads * C], the channels of a head together.
-      key: [B, h, w, C]; h and w need not be the query's.
+      query: [B, H, W, heads * C], with the channels of each head together.
+      key: [B, h, w, C]; h and w may differ from the query's.
       value: [B, h, w, D].
-      heads: how many the query has.
+      heads: the number of heads of the query.
 
     Returns:
-      [B, H, W, heads * D], the channels of a head together.
+      [B, H, W, heads * D], with the channels of each head together.
     """
     batch, height, width, _ = query.shape
     size = key.shape[-1]

@@ -1,140 +1,113 @@
-"""The blocks of the tables: each module walks the ops of its row."""
+"""The blocks of the tables: a module runs the ops of its row one behind the other, and adds the residual.
 
-from collections.abc import Callable
+The layers of a block and their order stand in its row (`spec.py`). `run_op` builds the module for each type of op.
+"""
 
 import jax
 from flax import linen as nn
 
+from mobilenet_jax.models.activations import ACTIVATIONS
 from mobilenet_jax.models.attention import attend
 from mobilenet_jax.models.layers import (
-    ACTIVATIONS,
     ANTIALIASES,
     ConvNorm,
+    Layers,
     LayerScale,
     SqueezeExcite,
     apply_norm,
     drop_path,
     keep_map,
 )
-from mobilenet_jax.models.spec import (
-    FusedInvertedResidual,
-    InvertedResidual,
-    MultiQueryAttention,
+from mobilenet_jax.models.ops import (
+    AntialiasOp,
+    AttentionOp,
+    ConvOp,
+    DepthwiseOp,
+    LayerScaleOp,
+    NormOp,
     Op,
-    Residual,
-    Row,
-    UniversalInverted,
+    SqueezeExciteOp,
 )
-
-Wide = jax.Array | None
+from mobilenet_jax.models.spec import InvertedResidual, Residual
 
 
 class Chain(nn.Module):
-    """Ops one behind the other."""
+    """Convolutions one behind the other, each under the last part of its name."""
 
-    ops: tuple[Op, ...]
-    conv: Callable[..., nn.Module]
-    norm: Callable[..., nn.Module]
+    ops: tuple[ConvOp, ...]
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool) -> jax.Array:
-        """[B, H, W, C] to what the last op makes of it."""
+        """[B, H, W, C] to the output of the last convolution."""
         for op in self.ops:
-            layer = ConvNorm(op, self.conv, self.norm, name=op.name.split("/")[-1])
+            layer = ConvNorm(op, self.layers, name=op.name.split("/")[-1])
             x = layer(x, use_running_average=use_running_average)
         return x
 
 
-class ResidualBlock(nn.Module):
-    """What the blocks with a residual share; `branch` is each one's own.
+def run_op(op: Op, layers: Layers, x: jax.Array, *, running: bool) -> jax.Array:
+    """Build the module of an op inside the calling module, and return its output of x.
 
-    `wide` is the previous block's activated depthwise output where shortcuts join expansions (1801.04381 Fig.
-    6b); an inverted residual returns its own beside its output.
+    With `running`, norms use their running statistics.
     """
+    match op:
+        case ConvOp():
+            folder, _, leaf = op.name.rpartition("/")
+            if folder:
+                return Chain((op,), layers, name=folder)(x, running)
+            return ConvNorm(op, layers, name=leaf)(x, use_running_average=running)
+        case SqueezeExciteOp():
+            return SqueezeExcite(op, layers, name=op.name)(x)
+        case AntialiasOp():
+            return ANTIALIASES[op.antialias](x)
+        case LayerScaleOp():
+            return LayerScale(op, name=op.name)(x)
+        case NormOp():
+            norm = layers.norm(activation="linear", features=op.filters, name=op.name)
+            return apply_norm(norm, keep_map, x, running=running)
+        case AttentionOp():
+            query = Chain(op.query, layers, name="query")(x, running)
+            key = Chain(op.key, layers, name="key")(x, running)
+            value = Chain(op.value, layers, name="value")(x, running)
+            return attend(query, key, value, heads=op.heads)
+    raise TypeError(f"{type(op).__name__} is no op of a block")
+
+
+class ResidualBlock(nn.Module):
+    """The ops of a row and, where its shape allows one, the residual around them."""
 
     row: Residual
     in_channels: int
     shortcut: str
     sum_activation: str
     drop_rate: float
-    conv: Callable[..., nn.Module]
-    norm: Callable[..., nn.Module]
-    dense: Callable[..., nn.Module]
+    layers: Layers
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, wide: Wide, use_running_average: bool, deterministic: bool
-    ) -> tuple[jax.Array, Wide]:
-        """[B, H, W, in_channels] to [B, H', W', row.filters], and what the next block may join."""
-        y, wide = self.branch(x, wide, use_running_average)
+        self, x: jax.Array, wide: jax.Array | None, use_running_average: bool, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """[B, H, W, in_channels] to [B, H', W', row.filters], and the map that the next block may join.
+
+        If shortcuts join expansions (1801.04381 Fig. 6b), `wide` is the previous block's activated depthwise output,
+        and an inverted residual returns its own.
+        """
+        y, wide = self._branch(x, wide if self.shortcut == "expansion" else None, running=use_running_average)
         if self.shortcut == "bottleneck" and self.row.has_residual(self.in_channels):
             if self.drop_rate and not deterministic:
                 y = drop_path(y, self.drop_rate, self.make_rng("dropout"))
             y = ACTIVATIONS[self.sum_activation](x + y)
         return y, wide if self.shortcut == "expansion" else None
 
-    def branch(self, x: jax.Array, wide: Wide, running: bool) -> tuple[jax.Array, Wide]:
-        """The block without its residual; with `running`, norms use their running statistics."""
-        raise NotImplementedError
-
-    def run(self, name: str, x: jax.Array, running: bool) -> jax.Array:
-        """The op called `name`, or those called `name/...` one behind the other."""
-        ops = tuple(op for op in self.row.ops(self.in_channels) if op.name.split("/")[0] == name)  # pyright: ignore[reportAttributeAccessIssue]
-        if ops[0].scale:
-            return LayerScale(ops[0].scale, name=name)(x)
-        if ops[0].antialias:
-            return ANTIALIASES[ops[0].antialias](x)
-        if ops[0].name == name:
-            return ConvNorm(ops[0], self.conv, self.norm, name=name)(x, use_running_average=running)
-        return Chain(ops, self.conv, self.norm, name=name)(x, running)
-
-
-class InvertedResidualBlock(ResidualBlock):
-    """V2 and V3: expand, depthwise, squeeze-excite, project."""
-
-    row: InvertedResidual
-
-    def branch(self, x: jax.Array, wide: Wide, running: bool) -> tuple[jax.Array, Wide]:
-        """Projected map, and the activated depthwise output."""
-        if self.row.expands:
-            x = self.run("expand", x, running)
-            if self.shortcut == "expansion" and wide is not None and wide.shape == x.shape:
+    def _branch(self, x: jax.Array, wide: jax.Array | None, *, running: bool) -> tuple[jax.Array, jax.Array | None]:
+        """Run the row's ops; return their output and the activated depthwise output of an inverted residual."""
+        is_inverted, joined = isinstance(self.row, InvertedResidual), None
+        for op in self.row.ops(self.in_channels):
+            joins = is_inverted and isinstance(op, DepthwiseOp)
+            if joins and self.row.expands and wide is not None and wide.shape == x.shape:  # pyright: ignore[reportAttributeAccessIssue]
                 x = x + wide
-        x = wide = self.run("depthwise", x, running)
-        if se := self.row.se:
-            x = SqueezeExcite(se.channels(self.row.expanded), se.gate, self.dense, name="se")(x)
-        return self.run("project", x, running), wide
-
-
-class BottleneckBlock(ResidualBlock):
-    """V4's universal inverted bottleneck and the fused one: all ops of the row, one behind the other."""
-
-    row: FusedInvertedResidual | UniversalInverted
-
-    def branch(self, x: jax.Array, wide: Wide, running: bool) -> tuple[jax.Array, Wide]:
-        """Projected map; nothing to join."""
-        for name in dict.fromkeys(op.name.split("/")[0] for op in self.row.ops(self.in_channels)):
-            x = self.run(name, x, running)
-        return x, None
-
-
-class AttentionBlock(ResidualBlock):
-    """V4's mobile attention: norm, query, key and value, attention, output."""
-
-    row: MultiQueryAttention
-
-    def branch(self, x: jax.Array, wide: Wide, running: bool) -> tuple[jax.Array, Wide]:
-        """The output's projection; nothing to join."""
-        norm = self.norm(activation="linear", features=self.in_channels, name="norm")
-        x = apply_norm(norm, keep_map, x, running=running)
-        query, key, value = (self.run(name, x, running) for name in ("query", "key", "value"))
-        x = self.run("output", attend(query, key, value, heads=self.row.heads), running)
-        return self.run("layer_scale", x, running) if self.row.layer_scale else x, None
-
-
-RESIDUAL_BLOCKS: dict[type[Row], type[ResidualBlock]] = {
-    InvertedResidual: InvertedResidualBlock,
-    FusedInvertedResidual: BottleneckBlock,
-    UniversalInverted: BottleneckBlock,
-    MultiQueryAttention: AttentionBlock,
-}
+            x = run_op(op, self.layers, x, running=running)
+            if joins:
+                joined = x
+        return x, joined

@@ -1,6 +1,6 @@
-"""MobileNet-EdgeTPU, first version and second: tensorflow/models official/projects/edgetpu/vision, as timm builds them.
+"""MobileNet-EdgeTPU, versions 1 and 2: tensorflow/models official/projects/edgetpu/vision, as timm builds them.
 
-No paper has their tables; the rows are those of timm's `efficientnet.py: _gen_mobilenet_edgetpu`.
+No paper has their tables; the rows follow timm's `efficientnet.py: _gen_mobilenet_edgetpu`.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class _Bottleneck:
     s: int
     n: int = 1
     fused: bool = False
-    group_size: int = 0  # of a fused convolution
+    group_size: int = 0  # channels in each group of a fused convolution; 0: one group
     skip: bool = True
 
 
@@ -24,7 +24,7 @@ class _Bottleneck:
 class _Table:
     stem: int
     stem_kernel: int
-    pointwise: int  # the 1x1 behind the stem: an inverted bottleneck that expands nothing
+    pointwise: int  # channels of the 1x1 behind the stem: an inverted bottleneck without expansion
     rows: tuple[_Bottleneck, ...]
     head: int = 1280
 
@@ -51,7 +51,7 @@ V1 = _Table(
 
 
 def _rows_v2(c: tuple[int, ...], group_size: int) -> tuple[_Bottleneck, ...]:
-    """The second version has one shape; `c` are the channels of its stages behind the 1x1."""
+    """Return the rows of version 2, whose sizes share one shape; `c` are the channels of the stages behind the 1x1."""
     return (
         # kernel, e, c, s, n
         _Bottleneck(3, 8, c[0], 2, fused=True),
@@ -103,9 +103,9 @@ def _make_row(row: _Bottleneck, channels: int, filters: int, *, first: bool) -> 
 
 
 def mobilenet_edgetpu(size: str, *, width: float, convention: str) -> Spec:
-    """A size of `TABLES` at a width, by timm's rule: all but the head is scaled and rounded, stem included.
+    """Return a size of `TABLES` at a width, by timm's rule: everything except the head is scaled and rounded.
 
-    ValueError for a width at which the groups of the second version do not divide the channels.
+    Raises ValueError for a width at which the groups of version 2 do not divide the channels.
     """
     table = TABLES[size]
     stem = make_divisible(table.stem * width)

@@ -1,4 +1,4 @@
-"""The one network that walks every table."""
+"""The one network that walks every table: stem, blocks, head, pooling, hidden layer, classifier."""
 
 import functools
 from collections.abc import Callable
@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mobilenet_jax.models.blocks import RESIDUAL_BLOCKS, Chain
-from mobilenet_jax.models.depthwise import IMPLEMENTATIONS
-from mobilenet_jax.models.layers import ACTIVATIONS, LOWERINGS, Conv, ConvNorm, Dense, Norm, PlainNorm, spatial_mean
+from mobilenet_jax.models.activations import ACTIVATIONS
+from mobilenet_jax.models.blocks import Chain, ResidualBlock
+from mobilenet_jax.models.cpu import IMPLEMENTATIONS
+from mobilenet_jax.models.layers import LOWERINGS, Conv, ConvNorm, Dense, Layers, Norm, PlainNorm, spatial_mean
+from mobilenet_jax.models.ops import DenseOp, PooledConvOp
 from mobilenet_jax.models.spec import Conv as ConvRow
 from mobilenet_jax.models.spec import Separable, Spec, check_choice
 from mobilenet_jax.models.zoo import make_spec
@@ -21,9 +23,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float
 class MobileNet(nn.Module):
     """A `Spec` as a module.
 
-    `lowering` "auto" formulates convolutions and norms for speed, "plain" as a textbook writes them;
-    parameters and numbers are the same. With `freeze_stats`, batch norm uses its running statistics in
-    training too.
+    `lowering` "auto" runs the fast forms of convolution and batch norm (`cpu.py`), "plain" the textbook's; parameters
+    and numbers are the same. `remat` computes blocks again in the backward pass to save memory. With `freeze_stats`,
+    batch norm uses its running statistics in training too.
     """
 
     spec: Spec
@@ -41,12 +43,12 @@ class MobileNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False, features: tuple[str, ...] = ()) -> Any:
-        """Logits [B, num_classes] float32 of normalised images [B, H, W, C].
+        """Return the logits [B, num_classes] in float32 of normalised images [B, H, W, C].
 
-        With num_classes=0, the vector that the classifier would see. With `features`, names of `spec.taps()`,
-        a pair: the logits, and a dict of those maps. Training mode updates `batch_stats` (make them mutable)
-        and draws from the key "dropout". Raises ValueError for images of another shape and unknown feature
-        names.
+        With num_classes=0, returns the vector that a classifier would see. With `features`, names of `spec.taps()`,
+        returns a pair: the logits, and a dict of the maps by name. Training mode updates `batch_stats` (make them
+        mutable) and draws from the key "dropout". Raises ValueError for images of another shape and for unknown
+        feature names.
         """
         spec = self.spec
         if images.ndim != 4 or images.shape[-1] != spec.in_channels:
@@ -54,57 +56,56 @@ class MobileNet(nn.Module):
         taps = spec.taps()
         for name in features:
             check_choice("feature", name, tuple(taps))
-        conv, norm, dense = self._layers()
-        running = not train or self.freeze_stats
+        layers, running = self._layers(), not train or self.freeze_stats
         maps, x, wide = {}, images, None
         for i, (name, row, channels) in enumerate(spec.rows()):
-            op = row.ops(channels)[0]
-            if not op.pooled:
-                op.output_size(x.shape[1], x.shape[2], spec.padding)  # says so if the image is too small
+            ops = row.ops(channels)
+            ops[0].output_size(x.shape[1], x.shape[2], spec.padding)  # raises ValueError if the image is too small
             if isinstance(row, ConvRow):
-                x = ConvNorm(op, conv, norm, name=name)(x, use_running_average=running)
+                x = ConvNorm(row.ops(channels)[0], layers, name=name)(x, use_running_average=running)
             elif isinstance(row, Separable):
-                x = self._remat(Chain, (2,))(row.ops(channels), conv, norm, name=name)(x, running)
+                x = self._remat(Chain, (2,))(row.ops(channels), layers, name=name)(x, running)
             else:
                 rate = spec.drop_path * (1 if spec.drop_path_flat else i / len(spec.blocks))
-                block = self._remat(RESIDUAL_BLOCKS[type(row)], (3, 4))(
-                    row, channels, spec.shortcut, spec.sum_activation, rate, conv, norm, dense, name=name
+                block = self._remat(ResidualBlock, (3, 4))(
+                    row, channels, spec.shortcut, spec.sum_activation, rate, layers, name=name
                 )
                 x, wide = block(x, wide, running, not train)
             maps[name] = x
-        logits = self._classify(self._pool(x, conv, norm, dense, running=running), train=train)
+        logits = self._classify(self._pool(x, layers, running=running), train=train)
         return (logits, {name: maps[taps[name]] for name in features}) if features else logits
 
-    def _layers(self) -> tuple[Callable[..., nn.Module], ...]:
-        """Convolution, norm and dense layer with everything that is the same all over the network bound."""
+    def _layers(self) -> Layers:
         dtype = DTYPES[self.dtype]
         conv = functools.partial(
             Conv, spec=self.spec, dtype=dtype, lowering=self.lowering, depthwise_impl=self.depthwise_impl
         )
         norm = functools.partial(Norm if self.lowering == "auto" else PlainNorm, spec=self.spec)
-        return conv, norm, functools.partial(Dense, spec=self.spec, dtype=dtype)
+        return Layers(conv, norm, functools.partial(Dense, spec=self.spec, dtype=dtype))
 
     def _remat(self, block: type[nn.Module], static: tuple[int, ...]) -> Callable[..., nn.Module]:
         return nn.remat(block, static_argnums=static) if self.remat else block
 
-    def _pool(self, x: jax.Array, conv, norm, dense, *, running: bool) -> jax.Array:
+    def _pool(self, x: jax.Array, layers: Layers, *, running: bool) -> jax.Array:
         """[B, H, W, C] to the vector [B, D] that the classifier sees: spatial mean, hidden layer."""
-        spec, x = self.spec, spatial_mean(x)
-        if spec.hidden_norm:
-            hidden = ConvNorm(spec.tail_ops()[0], conv, norm, name="hidden")
-            return hidden(x[:, None, None, :], use_running_average=running)[:, 0, 0, :]
-        if spec.hidden:
-            return ACTIVATIONS[spec.hidden_activation](dense(filters=spec.hidden, name="hidden")(x))
+        x = spatial_mean(x)
+        match self.spec.hidden_op():
+            case PooledConvOp() as op:
+                hidden = ConvNorm(op, layers, name=op.name)
+                return hidden(x[:, None, None, :], use_running_average=running)[:, 0, 0, :]
+            case DenseOp() as op:
+                return ACTIVATIONS[op.activation](layers.dense(op=op, name=op.name)(x))
         return x
 
     def _classify(self, x: jax.Array, *, train: bool) -> jax.Array:
-        # Logits, and what stands in for them, are float32 whatever the network computes in.
+        # Logits, or the vector without a classifier, are float32 whatever dtype the network computes in.
         wide_dtype = jnp.promote_types(x.dtype, jnp.float32)
         x = x.astype(wide_dtype)
-        if not self.spec.num_classes:
+        op = self.spec.classifier_op()
+        if op is None:
             return x
         x = nn.Dropout(self.spec.dropout, deterministic=not train)(x)
-        return Dense(self.spec.num_classes, self.spec, wide_dtype, name="classifier")(x)
+        return Dense(op, self.spec, wide_dtype, name=op.name)(x)
 
 
 def create_model(
@@ -120,12 +121,19 @@ def create_model(
     freeze_stats: bool = False,
     **options: object,
 ) -> MobileNet:
-    """The module `name` (see `zoo.MODELS`) at a width, as the framework of `convention` builds it.
+    """Return the module `name` (see `zoo.MODELS`) at a width, as the framework of `convention` builds it.
 
-    `options` are those of `spec.OPTIONS`: activation, hard_swish_from, projection_activation, shortcut,
-    sum_activation, expansion, se_ratio, se_rounding, se_gate, block_form, shallow, head_width, stride_one,
-    output_stride, init, dropout, drop_path, drop_path_flat, bn_decay, bn_epsilon. Raises ValueError, in one sentence
-    with the valid values, for an unknown name or an impossible value.
+    Args:
+      name: a key of `zoo.MODELS`.
+      width: width multiplier, by the rule of the model's paper and convention.
+      num_classes: 0 builds no classifier.
+      convention: one of `zoo.CONVENTIONS`; sets padding, epsilon, width rule and head.
+      dtype: of the computation; parameters, statistics and logits are float32.
+      lowering, depthwise_impl, remat, freeze_stats: see `MobileNet`.
+      **options: keys of `options.OPTIONS`, which lists and documents them; None leaves the table as it is.
+
+    Raises:
+      ValueError: an unknown name or an impossible value, in one sentence with the valid values.
     """
     spec = make_spec(name, width=width, num_classes=num_classes, convention=convention, **options)
     return MobileNet(

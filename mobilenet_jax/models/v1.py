@@ -1,4 +1,4 @@
-"""MobileNet V1: 1704.04861, Table 1, and its width rules."""
+"""MobileNet V1: Table 1 of 1704.04861, and its width rules."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,8 +12,8 @@ class _Body:
     filters: int
 
 
-# 1704.04861, Table 1: a row here is the pair "Conv dw / s", "Conv / s1". The last "dw / s2" of the paper's
-# table is a misprint: its 7x7 output, and every implementation, have stride 1.
+# 1704.04861, Table 1. A row here is the pair "Conv dw / s", "Conv / s1" of the paper. The last "dw / s2" of the paper
+# is a misprint: its output of 7x7, and every implementation, have stride 1.
 STEM = 32
 TABLE = (
     # s, c
@@ -43,7 +43,7 @@ _SCALE: dict[str, Callable[[float], int]] = {
 
 
 def mobilenet_v1(*, width: float, convention: str) -> Spec:
-    """V1 at a width, as the framework of `convention` builds it; ValueError if no channel is left."""
+    """Return V1 at a width, as the framework of `convention` builds it; raise ValueError if no channel is left."""
     scale = _SCALE[convention]
     if scale(STEM * width) < 1:
         raise ValueError(f"width is {width}: the stem would have no channel; valid: from {1 / STEM}")
@@ -61,6 +61,6 @@ def mobilenet_v1(*, width: float, convention: str) -> Spec:
 
 
 def mobilenet_v1_headconv(*, width: float, convention: str) -> Spec:
-    """timm's `mobilenetv1_100h`: V1 with a last 1x1 of 1024 channels or, above width 1, more."""
+    """Return timm's `mobilenetv1_100h`: V1 with a last 1x1 of 1024 channels, or more above width 1."""
     head = Conv(filters=max(1024, make_divisible(1024 * width)), kernel=1)
     return replace(mobilenet_v1(width=width, convention=convention), name="mobilenet_v1_headconv", head=head)

@@ -1,4 +1,4 @@
-"""MobileNet V2: 1801.04381, Table 2, and its width rule."""
+"""MobileNet V2: Table 2 of 1801.04381, and its width rule."""
 
 import math
 from dataclasses import dataclass
@@ -30,11 +30,11 @@ HEAD = 1280
 
 
 def mobilenet_v2(*, width: float, convention: str, depth: float = 1.0) -> Spec:
-    """V2 at a width: outputs are scaled and rounded, expansions are `t` times the scaled input.
+    """Return V2 at a width: outputs are scaled and rounded, expansions are `t` times the scaled input.
 
-    The last 1x1 is never narrower than 1280 (1801.04381 sec. 6.1: multipliers below 1 spare the last layer). With a
-    `depth`, repeats are multiplied in all lines of the table but the first and the last, and stem and last 1x1 are
-    those of width 1: timm's `mobilenetv2_110d` (1.1, 1.2) and `120d` (1.2, 1.4).
+    The last 1x1 is never narrower than 1280 (1801.04381 sec. 6.1: multipliers below 1 spare the last layer). `depth`
+    above 1 multiplies the repeats in all lines of the table except the first and the last; stem and last 1x1 then
+    stay as at width 1. These are timm's `mobilenetv2_110d` (width 1.1, depth 1.2) and `120d` (width 1.2, depth 1.4).
     """
 
     def scale(channels: int) -> int:

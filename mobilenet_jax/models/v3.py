@@ -1,4 +1,4 @@
-"""MobileNet V3, large, small and minimalistic: 1905.02244, Tables 1 and 2, and three width rules."""
+"""MobileNet V3, large, small and minimalistic: Tables 1 and 2 of 1905.02244, and three width rules."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class _Bneck:
 class _Table:
     rows: tuple[_Bneck, ...]
     head: int  # the 1x1 before the pooling, six times the last row's output
-    hidden: int  # the layer behind it
+    hidden: int  # the layer behind the pooling
 
 
 STEM = 16
@@ -71,7 +71,7 @@ _NONLINEARITIES = {"RE": "relu", "HS": "hard_swish"}
 
 @dataclass(frozen=True)
 class _WidthRule:
-    """How a framework reads the width multiplier of V3."""
+    """The way a framework applies the width multiplier to V3."""
 
     stem: Callable[[float], int]
     expanded: Callable[[_Bneck, int, int, float], int]  # row, its input at width 1, its scaled input, width
@@ -83,9 +83,8 @@ def _expand_scaled_input(row: _Bneck, table_input: int, channels: int, width: fl
     return make_divisible(row.exp_size / table_input * channels)
 
 
-# keras/applications/mobilenet_v3.py: the stem is always 16; timm/models/mobilenetv3.py: `fix_stem` below .75,
-# 1280 at every width; torchvision/models/mobilenetv3.py: `adjust_channels` on every absolute number of the
-# table.
+# keras/applications/mobilenet_v3.py: the stem is always 16. timm/models/mobilenetv3.py: `fix_stem` below .75, 1280 at
+# every width. torchvision/models/mobilenetv3.py: `adjust_channels` on every absolute number of the table.
 _KERAS = _WidthRule(
     stem=lambda width: STEM,
     expanded=_expand_scaled_input,
@@ -112,7 +111,7 @@ def _blocks(table: _Table, *, width: float, convention: str, minimalistic: bool)
     blocks, table_input, channels = [], STEM, rule.stem(width)
     for i, row in enumerate(table.rows):
         expanded = rule.expanded(row, table_input, channels, width)
-        # Keras and timm leave the expansion out in the first row, torchvision where it would widen nothing.
+        # Keras and timm leave the expansion out in the first row, torchvision where it would not widen the map.
         expands = expanded != channels if convention == "torchvision" else i > 0
         block = InvertedResidual(
             expanded=expanded if expands else channels,
@@ -150,22 +149,22 @@ def _make_v3(name: str, table: _Table, *, width: float, convention: str, minimal
 
 
 def mobilenet_v3_large(*, width: float, convention: str) -> Spec:
-    """V3-Large at a width, by the rule of the convention's framework."""
+    """Return V3-Large at a width, by the rule of the convention's framework."""
     return _make_v3("mobilenet_v3_large", LARGE, width=width, convention=convention, minimalistic=False)
 
 
 def mobilenet_v3_small(*, width: float, convention: str) -> Spec:
-    """V3-Small at a width, by the rule of the convention's framework."""
+    """Return V3-Small at a width, by the rule of the convention's framework."""
     return _make_v3("mobilenet_v3_small", SMALL, width=width, convention=convention, minimalistic=False)
 
 
 def mobilenet_v3_large_minimalistic(*, width: float, convention: str) -> Spec:
-    """V3-Large with 3x3 kernels, ReLU and no squeeze-excite (slim's README: for accelerators and int8)."""
+    """Return V3-Large with 3x3 kernels, ReLU and no squeeze-excite (slim's README: for accelerators and int8)."""
     name = "mobilenet_v3_large_minimalistic"
     return _make_v3(name, LARGE, width=width, convention=convention, minimalistic=True)
 
 
 def mobilenet_v3_small_minimalistic(*, width: float, convention: str) -> Spec:
-    """V3-Small with 3x3 kernels, ReLU and no squeeze-excite."""
+    """Return V3-Small with 3x3 kernels, ReLU and no squeeze-excite."""
     name = "mobilenet_v3_small_minimalistic"
     return _make_v3(name, SMALL, width=width, convention=convention, minimalistic=True)

@@ -1,6 +1,6 @@
 """MobileNet V4, convolutional and hybrid: the architectures in the appendix of 2404.10518.
 
-Rows, activations, layer scale and width rule are those of timm's `mobilenetv3.py: _gen_mobilenet_v4`.
+Rows, activations, layer scale and width rule follow timm's `mobilenetv3.py: _gen_mobilenet_v4`.
 """
 
 from dataclasses import dataclass, replace
@@ -34,11 +34,11 @@ class _Fused:
 @dataclass(frozen=True)
 class _Uib:
     start: int  # kernel of the first depthwise, "DW K1"; 0: none
-    middle: int  # of the second, "DW K2"
+    middle: int  # kernel of the second depthwise, "DW K2"; 0: none
     e: int  # expansion factor
     c: int
     s: int
-    n: int = 1  # so many rows; the stride is the first one's
+    n: int = 1  # repeats; only the first has the stride
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ TABLES = {
     "conv_large": CONV_LARGE,
     "hybrid_medium": HYBRID_MEDIUM,
     "hybrid_large": HYBRID_LARGE,
-    # Relatives of timm's: a fixed filter behind a convolution of stride 1 takes the stride.
+    # Relatives in timm: a fixed filter behind a convolution of stride 1 takes the stride.
     "conv_aa_medium": replace(CONV_MEDIUM, antialias="avg"),
     "conv_aa_large": replace(CONV_LARGE, antialias="avg"),
     "conv_blur_medium": replace(CONV_MEDIUM, antialias="blur"),
@@ -254,11 +254,12 @@ TABLES = {
 
 
 def mobilenet_v4(size: str, *, width: float, convention: str) -> Spec:
-    """V4 of a size of `TABLES` at a width, by timm's rule: outputs scaled and rounded, expansions of the scaled input.
+    """Return V4 of a size of `TABLES` at a width, by timm's rule.
 
-    Below width 1 the stem keeps its channels (`fix_stem`); at every width the 1280 of the hidden layer stay, and the
-    heads of attention. Google's own code (conventions keras and timm_tf) pads as TensorFlow and has epsilon 1e-3
-    (tensorflow/models official/vision/configs/experiments).
+    Outputs are scaled and rounded; expansions are multiples of the scaled input. Below width 1 the stem keeps its
+    channels (`fix_stem`). The 1280 units of the hidden layer and the heads of attention stay at every width. Google's
+    own code (conventions keras and timm_tf) pads as TensorFlow and has epsilon 1e-3 (tensorflow/models
+    official/vision/configs/experiments).
     """
     table = TABLES[size]
     stem = table.stem if width < 1 else make_divisible(table.stem * width)

@@ -1,6 +1,9 @@
-"""Every architecture by name, JAX-free: the one dict that configs, commands and `create_model` read.
+"""Every architecture by name: the one dict that configs, commands and `create_model` read. No JAX here.
 
-Not built, of timm's relatives: `mobilenetv3_large_150d` (its repeats are scaled by stage, the last 1x1 too) and
+To add a variant, write a table and a function that returns its `Spec` (`v2.py` is the shortest example), and register
+the function in `MODELS`.
+
+Two relatives in timm are not built: `mobilenetv3_large_150d` (repeats are scaled by stage, and so is the last 1x1) and
 `mobilenetv3_rw` (another squeeze-excite, a head without bias).
 """
 
@@ -10,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mobilenet_jax.models import edgetpu, v1, v2, v3, v4
-from mobilenet_jax.models.spec import Spec, apply_options, check_choice
+from mobilenet_jax.models.options import apply_options
+from mobilenet_jax.models.spec import Spec, check_choice
 
 MODELS: dict[str, Callable[..., Spec]] = {
     "mobilenet_v1": v1.mobilenet_v1,
@@ -31,10 +35,9 @@ CONVENTIONS = ("keras", "timm", "timm_tf", "torchvision")
 def make_spec(
     name: str, *, width: float = 1.0, num_classes: int = 1000, convention: str = "keras", **options: object
 ) -> Spec:
-    """The network `name` as the framework of `convention` builds it, with options of `spec.OPTIONS` applied.
+    """Return the network `name` as the framework of `convention` builds it, with options of `options.OPTIONS`.
 
-    Raises ValueError, in one sentence with the valid values, for an unknown name, convention, option or
-    value.
+    Raises ValueError, in one sentence with the valid values, for an unknown name, convention, option or value.
     """
     check_choice("model name", name, tuple(MODELS))
     check_choice("convention", convention, CONVENTIONS)

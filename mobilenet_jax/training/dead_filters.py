@@ -48,7 +48,7 @@ def count_dead_filters(spec: Spec, params: Any, batch_stats: Any) -> dict[str, t
     for layer in list_layers(spec, {"params": params, "batch_stats": batch_stats}):
         if layer.variance is not None:
             variances += jnp.sum(layer.variance < spec.bn_epsilon)
-        if layer.op.depthwise:
+        if layer.kind == "depthwise":
             relative = relative_norms(layer.kernel, layer.factor, xp=jnp)
             dead += jnp.sum(relative < DEAD)
             below = {limit: count + jnp.sum(relative < float(limit)) for limit, count in below.items()}

@@ -40,7 +40,9 @@ class LinearProbe(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Return the logits [B, num_classes] of vectors [B, 1, 1, D]; training mode draws from the key "dropout"."""
         x = nn.Dropout(self.spec.dropout, deterministic=not train)(images[:, 0, 0, :])
-        return Dense(self.spec.num_classes, self.spec, x.dtype, name="classifier")(x)
+        op = self.spec.classifier_op()
+        assert op is not None
+        return Dense(op, self.spec, x.dtype, name=op.name)(x)
 
 
 def make_feature_step(model: MobileNet, mesh: Mesh, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mobilenet_jax.models.spec import Spec, from_json, to_json
+from mobilenet_jax.models.spec import Spec
+from mobilenet_jax.models.spec_json import from_json, to_json
 from mobilenet_jax.weights import WeightsError
 
 

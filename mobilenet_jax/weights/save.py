@@ -14,7 +14,8 @@ from safetensors.numpy import save
 
 from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.network import MobileNet
-from mobilenet_jax.models.spec import Spec, check_choice, to_json
+from mobilenet_jax.models.spec import Spec, check_choice
+from mobilenet_jax.models.spec_json import to_json
 from mobilenet_jax.models.zoo import make_spec
 from mobilenet_jax.weights import WeightsError
 from mobilenet_jax.weights.card import check_card

@@ -42,10 +42,9 @@ def _name_torchvision(spec: Spec) -> Layers:
         if isinstance(row, Conv):
             layers[name] = (f"features.{i}.0", f"features.{i}.1")
             continue
-        ops = [op.name for op in row.ops(channels) if op.name != "se/expand"]
-        for j, op in enumerate(ops):
+        for j, op in enumerate(op.name for op in row.ops(channels)):
             prefix = f"features.{i}.{'conv' if is_v2 else 'block'}.{j}"
-            if op == "se/reduce":
+            if op == "se":
                 layers[f"{name}/se/reduce"] = (f"{prefix}.fc1", "")
                 layers[f"{name}/se/expand"] = (f"{prefix}.fc2", "")
             elif is_v2 and op == "project":

@@ -8,7 +8,7 @@ from flax import traverse_util
 from mobilenet_jax.diagnosis.activations import measure_activations
 from mobilenet_jax.diagnosis.report import _find_lost_pixels, format_text, make_report
 from mobilenet_jax.diagnosis.weights import quantise_variables
-from mobilenet_jax.models.spec import to_json
+from mobilenet_jax.models.spec_json import to_json
 from mobilenet_jax.weights.card import HALF, make_card
 
 METRICS = [{"step": i, "train/grad_norm": norm} for i, norm in ((10, 2.0), (20, 40.0), (30, 1.0))]

@@ -9,19 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mobilenet_jax.models import spec as specs
+from mobilenet_jax.models.activations import ACTIVATIONS, GATES
 from mobilenet_jax.models.layers import (
-    ACTIVATIONS,
-    GATES,
+    ANTIALIASES,
     Conv,
     ConvNorm,
     Dense,
+    Layers,
     Norm,
     PlainNorm,
     SqueezeExcite,
     drop_path,
     spatial_mean,
 )
-from mobilenet_jax.models.spec import Op
+from mobilenet_jax.models.ops import ConvOp, DepthwiseOp, SqueezeExciteOp
 from mobilenet_jax.models.zoo import make_spec
 
 SPEC = make_spec("mobilenet_v2")
@@ -33,6 +35,12 @@ def _normal(*shape, seed=0):
 
 def _apply(layer, variables, x, **kwargs) -> Any:
     return jax.jit(functools.partial(layer.apply, **kwargs))(variables, x)
+
+
+def test_every_valid_value_has_its_function_and_no_other():
+    assert tuple(ACTIVATIONS) == specs.ACTIVATIONS
+    assert tuple(GATES) == specs.SE_GATES
+    assert ("", *ANTIALIASES) == specs.ANTIALIASES
 
 
 def test_trap_06_activations_saturate_where_they_should():
@@ -56,7 +64,9 @@ def test_trap_08_hard_sigmoid_is_relu6_over_six():
 
 @pytest.mark.parametrize("gate", GATES)
 def test_trap_08_squeeze_excite_is_reduce_relu_expand_gate(gate):
-    layer = SqueezeExcite(3, gate, functools.partial(Dense, spec=SPEC, dtype=jnp.float32))
+    dense = functools.partial(Dense, spec=SPEC, dtype=jnp.float32)
+    op = SqueezeExciteOp(name="se", in_channels=8, filters=8, reduced=3, gate=gate)
+    layer = SqueezeExcite(op, Layers(Conv, Norm, dense))
     x = _normal(2, 5, 4, 8)
     params = {
         "reduce": {"kernel": 2 * _normal(8, 3), "bias": _normal(3, seed=1)},
@@ -109,10 +119,10 @@ def test_trap_19_bn_decay_is_the_share_kept():
 @pytest.mark.parametrize(
     "op",
     [
-        Op(name="", in_channels=4, filters=6),
-        Op(name="", in_channels=4, filters=6, kernel=3, stride=2),
-        Op(name="", in_channels=4, filters=4, kernel=3, stride=2, depthwise=True),
-        Op(name="", in_channels=4, filters=4, kernel=5, dilation=2, depthwise=True),
+        ConvOp(name="", in_channels=4, filters=6),
+        ConvOp(name="", in_channels=4, filters=6, kernel=3, stride=2),
+        DepthwiseOp(name="", in_channels=4, filters=4, groups=4, kernel=3, stride=2),
+        DepthwiseOp(name="", in_channels=4, filters=4, groups=4, kernel=5, dilation=2),
     ],
     ids=["pointwise", "full", "strided", "dilated"],
 )
@@ -122,17 +132,19 @@ def test_trap_19_bn_decay_is_the_share_kept():
 def test_conv_lowerings_agree_under_every_padding_with_the_norm_folded(op, name_convention):
     name, convention = name_convention
     spec = make_spec(name, convention=convention)
-    shape = (op.kernel, op.kernel, op.in_channels // op.groups, op.filters)
     scale, bias, mean, root = (_normal(op.filters, seed=seed) for seed in (2, 3, 4, 5))
     variables = {
-        "params": {"conv": {"kernel": _normal(*shape)}, "norm": {"scale": scale, "bias": bias}},
+        "params": {"conv": {"kernel": _normal(*op.kernel_shape)}, "norm": {"scale": scale, "bias": bias}},
         "batch_stats": {"norm": {"mean": mean, "var": root**2 + 0.1}},
     }
     bound = {"spec": spec, "dtype": jnp.float32, "depthwise_impl": "auto"}
     for size in ((7, 10), (8, 9)):
         x = _normal(2, *size, 4, seed=1)
         auto, plain = (
-            ConvNorm(op, functools.partial(Conv, **bound, lowering=lowering), functools.partial(norm, spec=spec))
+            ConvNorm(
+                op,
+                Layers(functools.partial(Conv, **bound, lowering=lowering), functools.partial(norm, spec=spec), Dense),
+            )
             for lowering, norm in (("auto", Norm), ("plain", PlainNorm))
         )
         found, expected = (_apply(layer, variables, x, use_running_average=True) for layer in (auto, plain))

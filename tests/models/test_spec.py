@@ -7,9 +7,9 @@ from typing import Any, cast
 import pytest
 
 from mobilenet_jax.models.cost import compute_cost
+from mobilenet_jax.models.ops import ConvOp, DepthwiseOp, pads
+from mobilenet_jax.models.options import BLOCK_FORMS, OPTIONS, with_activation, with_shallow
 from mobilenet_jax.models.spec import (
-    BLOCK_FORMS,
-    OPTIONS,
     Conv,
     FusedInvertedResidual,
     InvertedResidual,
@@ -17,13 +17,9 @@ from mobilenet_jax.models.spec import (
     Residual,
     Separable,
     UniversalInverted,
-    from_json,
     make_divisible,
-    pads,
-    to_json,
-    with_activation,
-    with_shallow,
 )
+from mobilenet_jax.models.spec_json import from_json, to_json
 from mobilenet_jax.models.zoo import CONVENTIONS, MODELS, make_spec
 
 INVERTED = [name for name in MODELS if name != "mobilenet_v1"]
@@ -229,7 +225,7 @@ def test_trap_08_squeeze_excite_is_a_quarter_of_the_expansion(name):
         if row.se:
             assert row.se.channels(row.expanded) == make_divisible(row.expanded / 4)
             assert row.se.gate == "hard_sigmoid"
-            assert [op.name for op in row.ops(8)][-4:] == ["depthwise", "se/reduce", "se/expand", "project"]
+            assert [op.name for op in row.ops(8)][-3:] == ["depthwise", "se", "project"]
     count = sum(row.se is not None for row, _ in _blocks(make_spec(name)))
     assert count == {"mobilenet_v3_large": 8, "mobilenet_v3_small": 9}.get(name, 0)
 
@@ -258,14 +254,18 @@ def test_trap_11_linear_bottlenecks_and_residuals(name, residuals):
 def test_universal_bottleneck_has_four_forms(start, middle, stride, expected):
     row = UniversalInverted(expanded=64, filters=16, start=start, kernel=middle, stride=stride)
     ops = row.ops(16)
-    assert [(op.name, op.kernel, op.stride) for op in ops] == expected
+    assert [(op.name, op.kernel, op.stride) for op in ops if isinstance(op, ConvOp)] == expected
+    assert all(isinstance(op, DepthwiseOp) == op.name.endswith("depthwise") for op in ops)
     # No activation behind the first depthwise and the projection.
-    assert {op.name: op.activation for op in ops if op.activation != "linear"} == {
+    assert {op.name: op.activation for op in ops if isinstance(op, ConvOp) and op.activation != "linear"} == {
         name: "relu" for name, *_ in expected if name in ("expand", "depthwise")
     }
     # Antialiased, the convolution that had the stride leaves it to the filter behind it.
-    spread = [[(n, k, 1), ("pool", 0, 2)] if s == 2 else [(n, k, s)] for n, k, s in expected]
-    antialiased = [(op.name, op.kernel, op.stride) for op in replace(row, antialias="avg").ops(16)]
+    spread = [[(n, k, 1), "avg"] if s == 2 else [(n, k, s)] for n, k, s in expected]
+    antialiased = [
+        (op.name, op.kernel, op.stride) if isinstance(op, ConvOp) else getattr(op, "antialias", None)
+        for op in replace(row, antialias="avg").ops(16)
+    ]
     assert antialiased == [op for ops in spread for op in ops]
 
 

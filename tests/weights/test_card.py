@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from mobilenet_jax.models.spec import to_json
+from mobilenet_jax.models.spec_json import to_json
 from mobilenet_jax.models.zoo import make_spec
 from mobilenet_jax.weights import WeightsError
 from mobilenet_jax.weights.card import HALF, IMAGENET, check_card, hash_file, make_card, read_imagenet_classes

@@ -15,7 +15,7 @@ from benchmarks.mutate import FILES, mutate, try_file
 from benchmarks.parity import LIMIT, compare_case
 from mobilenet_jax.models.init import init_variables, variable_shapes
 from mobilenet_jax.models.network import create_model
-from mobilenet_jax.models.spec import to_json
+from mobilenet_jax.models.spec_json import to_json
 from mobilenet_jax.models.zoo import make_spec
 from mobilenet_jax.weights import WeightsError, load
 from mobilenet_jax.weights.card import HALF

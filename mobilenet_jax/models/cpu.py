@@ -1,0 +1,341 @@
+"""The fast forms of a network's layers: all code that exists because XLA:CPU is slow at the textbook forms.
+
+Why is it fast on a CPU?
+  Depthwise convolution: XLA:CPU lowers the grouped convolution to naive loops, more than ten times slower than a sum
+    of k*k shifted slices, which it fuses into one pass. Forward and gradients are such sums (`depthwise_conv`).
+  1x1 convolution: a matrix product of rows of pixels, on every platform (`full_conv`).
+  Stem: with 3 input channels the convolution is up to twice as slow as one matrix product of windows (`full_conv`).
+  Batch norm: one pass over the map forward, one backward, which recomputes the activation's input instead of keeping
+    it (`normalise`), on every platform.
+  Sums over pixels: a product with ones, several times faster than the reduction of leading axes (`sum_pixels`).
+
+What runs on a TPU or GPU?
+  `lax.platform_dependent` chooses by the platform that the program is compiled for. There, depthwise convolution and
+  stem are `plain_conv`, which is `lax.conv_general_dilated`, and sums over pixels are `jnp.sum`. 1x1 convolutions and
+  batch norm are the same program as on a CPU. With `lowering="plain"` nothing here runs but `plain_conv`.
+
+The numbers are those of the textbook forms, up to rounding; `tests/models/test_cpu.py` and `test_network.py` hold them
+together.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mobilenet_jax.models.activations import ACTIVATIONS
+from mobilenet_jax.models.spec import check_choice
+
+IMPLEMENTATIONS = ("auto", "feature_group_count", "shifted_sum")
+_FEW_CHANNELS = 4
+_PARTS = 8  # terms added elementwise before the reduction in the kernel's gradient; 4 to 16 are about as fast
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+def plain_conv(
+    images: jax.Array, kernel: jax.Array, *, stride: int, pads: Pads, dilation: int = 1, groups: int = 1
+) -> jax.Array:
+    """Convolve [B, H, W, C] with a kernel [k, k, C / groups, D] in the textbook form."""
+    return lax.conv_general_dilated(
+        images,
+        kernel,
+        window_strides=(stride, stride),
+        padding=pads,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def full_conv(
+    images: jax.Array, kernel: jax.Array, *, stride: int, pads: Pads, dilation: int = 1, groups: int = 1
+) -> jax.Array:
+    """Compute `plain_conv`; a 1x1 and, on a CPU, a stem are matrix products."""
+    if len(kernel) == stride == groups == 1:
+        return _pointwise(images, kernel[0, 0])
+    plain = functools.partial(plain_conv, stride=stride, pads=pads, dilation=dilation, groups=groups)
+    if images.shape[-1] <= _FEW_CHANNELS and dilation == groups == 1:
+        columns = functools.partial(_conv_of_few_channels, stride=stride, pads=pads)
+        return lax.platform_dependent(images, kernel, cpu=columns, default=plain)
+    return plain(images, kernel)
+
+
+def _pointwise(x, kernel):
+    """[B, H, W, I] times [I, O], as rows: with maps, XLA:CPU transposes a copy to get the kernel's gradient."""
+    rows = jnp.einsum("pi,io->po", x.reshape(-1, x.shape[-1]), kernel)
+    return rows.reshape(*x.shape[:-1], -1)
+
+
+def _conv_of_few_channels(x, kernel, *, stride, pads):
+    """One matrix product of windows, laid out side by side.
+
+    `stride` pixels of a row are taken together as one of `stride` times the channels, so that a window's row is a few
+    whole ones. If these are more than the kernel is wide, the kernel gets zeros.
+    """
+    size, _, channels, filters = kernel.shape
+    (top, bottom), (left, right) = pads
+    height, width = ((n + sum(pad) - size) // stride + 1 for n, pad in zip(x.shape[1:3], pads, strict=True))
+    groups = -(-size // stride)
+    right += max(0, (width - 1 + groups) * stride - (x.shape[2] + left + right))
+    x = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))[:, :, : (width - 1 + groups) * stride]
+    x = x.reshape(*x.shape[:2], -1, stride * channels)
+    rows = [x[:, i : i + (height - 1) * stride + 1 : stride] for i in range(size)]
+    windows = jnp.concatenate([row[:, :, j : j + width] for row in rows for j in range(groups)], axis=-1)
+    kernel = jnp.pad(kernel, ((0, 0), (0, groups * stride - size), (0, 0), (0, 0)))
+    return _pointwise(windows, kernel.reshape(-1, filters))
+
+
+def depthwise_conv(
+    images: jax.Array, kernel: jax.Array, *, stride: int, pads: Pads, dilation: int = 1, impl: str = "auto"
+) -> jax.Array:
+    """Convolve each channel of [B, H, W, C] with its own filter of a kernel [k, k, 1, C].
+
+    `pads` are zeros ((top, bottom), (left, right)). `impl` "auto" runs shifted sums on a CPU and the grouped
+    convolution elsewhere, "shifted_sum" and "feature_group_count" run one of them everywhere. Raises ValueError for
+    another `impl`.
+    """
+    check_choice("depthwise_impl", impl, IMPLEMENTATIONS)
+    if impl == "feature_group_count":
+        return plain_conv(images, kernel, stride=stride, pads=pads, dilation=dilation, groups=images.shape[-1])
+    return _convolve(images, kernel, _Geometry(stride, pads, dilation), impl)
+
+
+class _Geometry(NamedTuple):
+    stride: int
+    pads: Pads
+    dilation: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(images: jax.Array, kernel: jax.Array, geometry: _Geometry, impl: str) -> jax.Array:
+    grouped = functools.partial(plain_conv, **geometry._asdict(), groups=images.shape[-1])
+    return _choose(impl, functools.partial(_shifted_sum, geometry=geometry), grouped, images, kernel)
+
+
+def _forward(images, kernel, geometry, impl):
+    return _convolve(images, kernel, geometry, impl), (images, kernel)
+
+
+def _backward(geometry, impl, residuals, gradient):
+    def grouped(images, kernel, gradient):
+        conv = functools.partial(plain_conv, **geometry._asdict(), groups=images.shape[-1])
+        return jax.vjp(conv, images, kernel)[1](gradient)
+
+    return _choose(impl, functools.partial(_gradients, geometry=geometry), grouped, *residuals, gradient)
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _choose(impl, shifted, grouped, *arrays):
+    # Inside the custom gradient: to differentiate a choice of platform, JAX would trace both branches again.
+    return shifted(*arrays) if impl == "shifted_sum" else lax.platform_dependent(*arrays, cpu=shifted, default=grouped)
+
+
+# Jitted, so that blocks of equal shapes are traced once.
+@functools.partial(jax.jit, static_argnames="geometry")
+def _shifted_sum(images, kernel, *, geometry):
+    stride, pads, dilation = geometry
+    padded = _pad(images, pads)
+    size = _output_size(padded.shape, kernel.shape, stride, dilation)
+    return _weighted_sum(
+        (_window(padded, i * dilation, j * dilation, stride, size), kernel[i, j, 0]) for i, j in _taps(kernel)
+    )
+
+
+@functools.partial(jax.jit, static_argnames="geometry")
+def _gradients(images, kernel, gradient, *, geometry):
+    """Return the gradients of images and kernel, both from one padded copy of the output's gradient.
+
+    XLA fuses the computation of an array into every loop that reads it, ten loops here. A padded array is computed
+    once.
+    """
+    stride, pads, dilation = geometry
+    (top, bottom), (left, right) = pads
+    rows = -(-(images.shape[1] + top + bottom) // stride)
+    columns = -(-(images.shape[2] + left + right) // stride)
+    reach = (kernel.shape[0] - 1) * dilation // stride
+    # Outputs that do not exist contribute zeros on either side.
+    _, out_h, out_w, _ = gradient.shape
+    gradient = _pad(gradient, ((reach, max(0, rows - out_h)), (reach, max(0, columns - out_w))))
+    return (
+        _image_gradient(gradient, kernel, images.shape, (rows, columns), stride, pads, dilation),
+        _kernel_gradient(gradient, images, kernel, (out_h, out_w), reach, stride, pads, dilation),
+    )
+
+
+def _image_gradient(gradient, kernel, shape, size, stride, pads, dilation):
+    """Return the transposed sum, phase by phase of the stride, so that no inserted zeros are multiplied.
+
+    Output (y, x) reads padded row y * stride + i * dilation. So padded row q * stride + r is read by the taps with
+    i * dilation = r (mod stride), at output row q - (i * dilation - r) / stride. The same holds for columns.
+    """
+    (top, _), (left, _) = pads
+    rows, columns = size
+    reach = (kernel.shape[0] - 1) * dilation // stride
+    phases = [
+        _phase(gradient, kernel, (r, s), (rows, columns), reach, stride, dilation)
+        for r, s in itertools.product(range(stride), repeat=2)
+    ]
+    if stride == 1:
+        padded = phases[0]
+    else:
+        grid = jnp.stack(phases, axis=3).reshape(shape[0], rows, columns, stride, stride, shape[3])
+        padded = grid.transpose(0, 1, 3, 2, 4, 5).reshape(shape[0], rows * stride, columns * stride, shape[3])
+    return padded[:, top : top + shape[1], left : left + shape[2]]
+
+
+def _phase(gradient, kernel, phase, size, reach, stride, dilation):
+    terms = []
+    for i, j in _taps(kernel):
+        offsets = [tap * dilation - r for tap, r in zip((i, j), phase, strict=True)]
+        if all(offset % stride == 0 for offset in offsets):
+            top, left = (reach - offset // stride for offset in offsets)
+            terms.append((_window(gradient, top, left, 1, size), kernel[i, j, 0]))
+    if not terms:  # the dilation is even and the phase odd: nothing reads these pixels
+        return jnp.zeros((gradient.shape[0], *size, gradient.shape[3]), gradient.dtype)
+    return _weighted_sum(terms)
+
+
+def _kernel_gradient(gradient, images, kernel, size, reach, stride, pads, dilation):
+    """Return, for each tap, the sum over images and pixels of its window times the gradient.
+
+    XLA:CPU does not fuse slices into a reduction, so a plain sum would copy every window first. Products that are
+    added up over a few images fuse into one loop, and a product with ones sums the rest: 2 to 10 times faster than
+    nine reductions.
+    """
+    padded = _split(_pad(images, pads))
+    gradients = [_window(part, reach, reach, 1, size) for part in _split(gradient)]
+
+    def tap(i, j):
+        windows = (_window(part, i * dilation, j * dilation, stride, size) for part in padded)
+        return _sum_parts([lax.mul(window, gradient) for window, gradient in zip(windows, gradients, strict=True)])
+
+    return jnp.stack([tap(i, j) for i, j in _taps(kernel)]).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def sum_pixels(images: jax.Array) -> jax.Array:
+    """Sum [B, H, W, C] to [C], on a CPU in float32 or wider by a product with ones.
+
+    Elsewhere a product would round its factors to fewer bits, and `jnp.sum` is fast.
+    """
+    return lax.platform_dependent(
+        images, cpu=lambda maps: _sum_parts(_split(maps)), default=lambda maps: jnp.sum(maps, axis=(0, 1, 2))
+    )
+
+
+def _split(images):
+    """Split a batch into up to _PARTS equal parts.
+
+    The n-th part has every _PARTS-th image, starting at the n-th, so that a batch split over devices stays split.
+    """
+    parts = math.gcd(len(images), _PARTS)
+    folded = images.reshape(-1, parts, *images.shape[1:])
+    folded = folded.astype(
+        jnp.promote_types(images.dtype, jnp.float32)
+    )  # half-precision products are summed in float32
+    return [lax.index_in_dim(folded, n, axis=1, keepdims=False) for n in range(parts)]
+
+
+def _sum_parts(parts):
+    partial = functools.reduce(lax.add, parts).reshape(-1, parts[0].shape[-1])
+    return jnp.ones((len(partial),), partial.dtype) @ partial
+
+
+def _pad(images, pads):
+    zero = jnp.zeros((), images.dtype)
+    return lax.pad(images, zero, ((0, 0, 0), *((before, after, 0) for before, after in pads), (0, 0, 0)))
+
+
+def _taps(kernel):
+    return itertools.product(range(kernel.shape[0]), range(kernel.shape[1]))
+
+
+def _window(images, top, left, stride, size):
+    """Return the strided window whose first pixel is (top, left) and whose shape is `size`."""
+    batch, _, _, channels = images.shape
+    height, width = size
+    return lax.slice(
+        images,
+        (0, top, left, 0),
+        (batch, top + (height - 1) * stride + 1, left + (width - 1) * stride + 1, channels),
+        (1, stride, stride, 1),
+    )
+
+
+def _weighted_sum(terms):
+    products = (window * weight[None, None, None, :] for window, weight in terms)
+    return functools.reduce(lax.add, products)
+
+
+def _output_size(shape, kernel_shape, stride, dilation):
+    reach = dilation * (kernel_shape[0] - 1)
+    return tuple((n - reach - 1) // stride + 1 for n in shape[1:3])
+
+
+# The gradient of each activation, given its input and the gradient of its output. It is JAX's own except for relu6 at
+# 0 and 6, where JAX gives half the gradient at the price of a division at every pixel.
+_SLOPES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "linear": lambda x, gradient: gradient,
+    "relu": lambda x, gradient: jnp.where(x > 0, gradient, 0),
+    "relu6": lambda x, gradient: jnp.where((x > 0) & (x < 6), gradient, 0),
+    "hard_swish": lambda x, gradient: jnp.where(x > 3, 1, jnp.where(x > -3, x / 3 + 0.5, 0)) * gradient,
+    "gelu": lambda x, gradient: jax.vjp(ACTIVATIONS["gelu"], x)[1](gradient)[0],
+}
+
+
+def _wide(channels):
+    """Give [C] the rank of a map [B, H, W, C]."""
+    return channels[None, None, None, :]
+
+
+def _moments(x):
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    count = x.size // x.shape[-1]
+    mean = sum_pixels(x) / count
+    # E[x^2] - E[x]^2 reads the map once; rounding may take it below 0.
+    return mean, jnp.maximum(sum_pixels(lax.square(x)) / count - lax.square(mean), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4))  # norms of equal shapes are traced once
+def normalise(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, activation: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (activation of the normalised x [B, H, W, C], batch mean [C], batch variance [C]).
+
+    Statistics are float32 or wider. No gradient flows through mean and variance.
+    """
+    mean, var = _moments(x)
+    factor = scale * lax.rsqrt(var + epsilon)
+    y = x.astype(mean.dtype) * _wide(factor) + _wide(bias - mean * factor)
+    return ACTIVATIONS[activation](y).astype(x.dtype), mean, var
+
+
+def _normalise_forward(x, scale, bias, epsilon, activation):
+    y, mean, var = normalise(x, scale, bias, epsilon, activation)  # pyright: ignore[reportGeneralTypeIssues]
+    return (y, mean, var), (x, scale, bias, mean, var)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _normalise_backward(epsilon, activation, residuals, gradients):
+    x, scale, bias, mean, var = residuals
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    inverse = lax.rsqrt(var + epsilon)
+    centred = (x.astype(dtype) - _wide(mean)) * _wide(inverse)
+    # Recomputing the activation's input from x is cheaper than keeping it.
+    gradient = _SLOPES[activation](centred * _wide(scale) + _wide(bias), gradients[0].astype(dtype))
+    bias_gradient = sum_pixels(gradient)
+    scale_gradient = sum_pixels(gradient * centred)
+    count = x.size // x.shape[-1]
+    through_moments = _wide(bias_gradient / count) + centred * _wide(scale_gradient / count)
+    x_gradient = _wide(scale * inverse) * (gradient - through_moments)
+    return x_gradient.astype(x.dtype), scale_gradient, bias_gradient
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
