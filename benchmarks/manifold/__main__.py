@@ -12,6 +12,7 @@ DIR gets results.csv, table.md and figure.png.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
 
 def run(out: Path, seeds: int) -> int:
     """Run the experiment, write its files into the folder `out`, and print the table; return the exit code."""
+    # Threads slow small matrices down, and NumPy reads their number when it is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from benchmarks.manifold.experiment import format_csv, format_table, run_study
     from benchmarks.manifold.figure import draw
     from mobilenet_jax.workdir.files import write_atomic
