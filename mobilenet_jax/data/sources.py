@@ -67,8 +67,6 @@ def open_source(data_config, split: str) -> Source:
     kind, _, argument = data_config.source.partition(":")
     if kind not in SOURCES:
         raise ValueError(f"data.source is {data_config.source!r}; valid: digits, tfds:NAME, folder, fake:N")
-    if not 0 <= data_config.holdout < 1:
-        raise ValueError(f"data.holdout is {data_config.holdout!r}; valid: at least 0 and below 1")
     source = SOURCES[kind](data_config, argument, "test" if split == "test" else "train")
     return source if split == "test" else _part(source, split, data_config.holdout)
 

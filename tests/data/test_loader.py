@@ -440,24 +440,6 @@ def test_what_is_kept_in_memory_stays_within_the_limit(folder, monkeypatch):
 # Config and speed
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "of", "message"),
-    [
-        ("batch_size", 30, 4, "data.batch_size is 30; valid: a positive multiple of the 4 processes$"),
-        ("batch_size", 0, 1, "data.batch_size is 0"),
-        ("eval_batch_size", 6, 4, "data.eval_batch_size is 6"),
-        ("on_error", "ignore", 1, "data.on_error is 'ignore'; valid: stop, skip$"),
-        ("workers", -1, 1, "data.workers is -1"),
-        ("crop", "center", 1, "data.crop is 'center'"),
-    ],
-)
-def test_impossible_values_are_refused(key, value, of, message):
-    make = loader.make_eval_batches if key == "eval_batch_size" else loader.make_train_iterator
-    options: dict[str, Any] = {} if key == "eval_batch_size" else {"seed": 0}
-    with pytest.raises(ValueError, match=f"^{message}"):
-        make(data_config(**{key: value}), process_index=0, process_count=of, **options)
-
-
 @pytest.mark.parametrize("source", ["digits", "tfds:fashion_mnist"])
 def test_small_sets_are_read_fast_enough(source):
     if source != "digits" and not SHARED.is_dir():

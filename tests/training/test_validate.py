@@ -57,6 +57,28 @@ def test_each_rule_is_of_a_key_and_accepts_its_default():
         ({"ema__decay": float("nan")}, r"ema\.decay is nan"),
         ({"data__mixup": float("inf")}, r"data\.mixup is inf; valid: 0 \(off\) or more"),
         ({"data__area_range": (0.5, 0.1)}, r"data\.area_range is \(0\.5, 0\.1\); valid: two rising shares"),
+        ({"data__batch_size": 0}, r"data\.batch_size is 0; valid: 1 or more"),
+        ({"data__eval_batch_size": 0}, r"data\.eval_batch_size is 0; valid: 1 or more"),
+        ({"data__on_error": "ignore"}, r"data\.on_error is 'ignore'; valid: stop, skip$"),
+        ({"data__workers": -1}, r"data\.workers is -1; valid: 0 or more"),
+        ({"data__holdout": -0.1}, r"data\.holdout is -0\.1; valid: from 0 up to, not including, 1"),
+        ({"data__holdout": 1.0}, r"data\.holdout is 1\.0; valid: from 0 up to, not including, 1"),
+        ({"data__image_size": 0}, r"data\.image_size is 0; valid: 1 or more"),
+        ({"data__crop": "center"}, r"data\.crop is 'center'; valid: inception, pad, resize$"),
+        ({"data__interpolation": "lanczos"}, r"data\.interpolation is 'lanczos'; valid: nearest, bilinear, bicubic$"),
+        ({"data__crop_share": 0.0}, r"data\.crop_share is 0\.0; valid: above 0, up to 1"),
+        ({"data__crop_share": 1.5}, r"data\.crop_share is 1\.5"),
+        ({"data__area_range": (0.0, 1.0)}, r"data\.area_range is"),
+        (
+            {"data__aspect_range": (2.0, 1.0)},
+            r"data\.aspect_range is \(2\.0, 1\.0\); valid: two rising numbers above 0",
+        ),
+        ({"data__pad": -1}, r"data\.pad is -1; valid: 0 or more"),
+        ({"data__color_jitter": -0.1}, r"data\.color_jitter is -0\.1"),
+        ({"data__randaugment_layers": -1}, r"data\.randaugment_layers is -1"),
+        ({"data__randaugment_magnitude": 11}, r"data\.randaugment_magnitude is 11; valid: from 0 to 10"),
+        ({"data__randaugment_probability": 2.0}, r"data\.randaugment_probability is 2\.0; valid: from 0 to 1"),
+        ({"data__erasing": 1.1}, r"data\.erasing is 1\.1"),
         ({"data__crop": "pad", "data__pad": 32}, r"data\.pad is 32; valid: less than data\.image_size, 32"),
         ({"data__std": (1.0, 0.0, 1.0)}, r"data\.std is \(1\.0, 0\.0, 1\.0\); valid: 3 grey levels above 0"),
     ],
@@ -65,6 +87,10 @@ def test_impossible_values_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message) as error:
         check_config(make_config(**change), device_count=1, process_count=1)
     assert "\n" not in str(error.value)
+
+
+def test_a_pad_that_is_not_used_may_be_large():
+    check_config(make_config(data__crop="resize", data__pad=32), device_count=1, process_count=1)
 
 
 def test_a_section_is_checked_by_itself():
