@@ -255,7 +255,7 @@ def test_trap_24_weights_are_evaluated_as_their_card_says(capsys, tmp_path, monk
         (["--weights=nowhere"], "there are no weights nowhere"),
         (["--config.data.source=fake:8", "--config.data.num_classes=4"], "fake test has 4 classes and the weights 10;"),
         (["--config.data.interpolation=lanczos"], "data.interpolation is 'lanczos'"),
-        (["--config.data.image_size=0"], "data.image_size is 0; valid: 1 or more"),,
+        (["--config.data.image_size=0"], "data.image_size is 0; valid: 1 or more"),
     ],
 )
 def test_weights_that_cannot_be_evaluated_are_one_sentence(capsys, tmp_path, weights, arguments, said):
