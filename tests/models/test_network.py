@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from flax import traverse_util
 from jax import export
 
@@ -290,8 +289,8 @@ def _assert_trees_close(found, expected, tolerance):
 
 # ---- The network agrees with the textbook, and both lowerings agree.
 
-# Odd, even and rectangular images under every padding rule; the third is the network of V3 tutorials. Blocks that repeat
-# another are left out because compiling takes the time of this test; every stride stays.
+# Odd, even and rectangular images under every padding rule; the third is the network of V3 tutorials. Compiling takes
+# the time of this test, so blocks that repeat another are left out; every stride stays.
 CASES = [
     ("mobilenet_v1", {"convention": "keras", "keep": (0, 1, 2, 3, 5, 11, 12)}, (49, 40)),
     ("mobilenet_v2", {"convention": "torchvision", "keep": (0, 1, 2, 3, 4, 6, 7, 13, 16)}, (47, 50)),
@@ -496,7 +495,7 @@ def test_training_on_accelerators_convolves_in_groups(platform):
 def test_tabulate_prints_shapes_only():
     """A call passes arrays and flags to a module, never a module or a spec, whose fields would fill the table."""
     model = MobileNet(_small("mobilenet_v2", keep=2))
-    table = nn.tabulate(model, jax.random.key(0), console_kwargs={"width": 200})(jnp.zeros((1, 32, 32, 3)))
+    table = model.tabulate(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), console_kwargs={"width": 200})
     assert "bn_epsilon" not in table
     assert len(table.splitlines()) < 150
 

@@ -104,6 +104,7 @@ def test_trap_05_stride_two_pads_by_convention():
     # Keras' V1 pads (0, 1) before a strided depthwise whatever the parity; its stem pads as TensorFlow.
     spec = make_spec("mobilenet_v1", convention="keras")
     stem, block = spec.stem.ops(3)[0], spec.blocks[1].ops(64)[0]
+    assert isinstance(block, DepthwiseOp)
     assert (stem.pads(33, 32, "keras_v1"), block.pads(33, 32, "keras_v1")) == (
         ((1, 1), (0, 1)),
         ((0, 1), (0, 1)),
@@ -310,7 +311,7 @@ def test_activation_everywhere():
 
 def test_projection_activation():
     spec = make_spec("mobilenet_v2", projection_activation="relu6")
-    assert [op.activation for row, c in _blocks(spec) for op in row.ops(c) if op.name == "project"] == 17 * ["relu6"]
+    assert [row.ops(c)[-1].activation for row, c in _blocks(spec)] == 17 * ["relu6"]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_sum_activation():
