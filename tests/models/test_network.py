@@ -289,17 +289,24 @@ def _assert_trees_close(found, expected, tolerance):
 
 # ---- The network agrees with the textbook, and both lowerings agree.
 
-# Odd, even and rectangular images under every padding rule; the third is the network of V3 tutorials.
+# Odd, even and rectangular images under every padding rule; the third is the network of V3 tutorials. Compiling takes
+# the time of this test, so blocks that repeat another are left out; every stride stays.
 CASES = [
-    ("mobilenet_v1", {"convention": "keras"}, (49, 40)),
-    ("mobilenet_v2", {"convention": "torchvision"}, (47, 50)),
+    ("mobilenet_v1", {"convention": "keras", "keep": (0, 1, 2, 3, 5, 11, 12)}, (49, 40)),
+    ("mobilenet_v2", {"convention": "torchvision", "keep": (0, 1, 2, 3, 4, 6, 7, 13, 16)}, (47, 50)),
     (
         "mobilenet_v3_small",
-        {"convention": "timm", "se_gate": "hard_swish", "se_rounding": "int", "activation": "relu6"},
+        {
+            "convention": "timm",
+            "se_gate": "hard_swish",
+            "se_rounding": "int",
+            "activation": "relu6",
+            "keep": (0, 1, 2, 3, 4, 8, 9),
+        },
         (45, 48),
     ),
-    ("mobilenet_v3_large", {"convention": "keras"}, (50, 39)),
-    ("mobilenet_v3_small_minimalistic", {"convention": "timm_tf"}, (46, 45)),
+    ("mobilenet_v3_large", {"convention": "keras", "keep": (0, 1, 2, 3, 4, 6, 7, 10, 12, 13)}, (50, 39)),
+    ("mobilenet_v3_small_minimalistic", {"convention": "timm_tf", "keep": (0, 1, 2, 3, 4, 8, 9)}, (46, 45)),
     ("mobilenet_v2", {"projection_activation": "relu6", "sum_activation": "relu6", "keep": 3}, (34, 31)),
     # Fused, extra depthwise, feed-forward, attention on a smaller map.
     ("mobilenet_v4_hybrid_medium", {"convention": "timm", "keep": HYBRID}, (70, 53)),
