@@ -7,6 +7,7 @@ import json
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ WORKDIR = Path(__file__).parent / "begun_before"
 EXPECTED = json.loads((WORKDIR / "expected.json").read_text())
 
 
-def make_config():
+def make_config() -> Any:
     config = base.get_config()
     config.update_from_flattened_dict(
         {
