@@ -42,9 +42,9 @@ _TENSOR = "torch._utils _rebuild_tensor_v2"
 _PARAMETER = "torch._utils _rebuild_parameter"
 _NAMES = (_ORDERED_DICT, _TENSOR, _PARAMETER, *_STORAGES)
 
-_TEXT = ("BINUNICODE", "SHORT_BINUNICODE")
 _PUTS, _GETS = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
-_SHAREABLE = (*_TEXT, "GLOBAL", "REDUCE", "EMPTY_DICT", "EMPTY_LIST")  # each leaves a value that is no tuple
+# Each leaves text, a list, a dict or a placeholder on the stack.
+_SHAREABLE = ("BINUNICODE", "SHORT_BINUNICODE", "GLOBAL", "REDUCE", "EMPTY_DICT", "EMPTY_LIST")
 _OPCODES = {
     *(*_SHAREABLE, *_PUTS, *_GETS, "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE"),
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
@@ -208,7 +208,7 @@ def _read_stream(stream: io.BytesIO) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def _read_pickle(stream: io.BytesIO, storages: dict[str, _Storage]) -> Any:
-    """Return the value of one pickle, and leave the stream behind it; add the storages it refers to."""
+    """Return the value of one pickle, and leave the stream at its end; add the storages that it refers to."""
     start, last, shareable = stream.tell(), "", set()
     for opcode, argument, position in pickletools.genops(stream):
         if (position or 0) - start > _PICKLE_LIMIT:

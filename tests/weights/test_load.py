@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -70,7 +71,10 @@ def change(tmp_path: Path, source: Path, **tensors: np.ndarray | None) -> Path:
     ("file", "lowering"), [("case.npz", "plain"), ("case_odd.npz", "plain"), ("case_rect.npz", "auto")]
 )
 @pytest.mark.parametrize("case", CASES)
-def test_trap_05_logits_and_features_are_the_frameworks_own(reference, case, file, lowering):
+def test_trap_05_logits_and_features_are_the_frameworks_own(reference, request, case, file, lowering):
+    if lowering == "plain":  # the network as a textbook writes it: LLVM's optimisations double the time and add nothing
+        request.addfinalizer(partial(jax.config.update, "jax_disable_most_optimizations", False))
+        jax.config.update("jax_disable_most_optimizations", True)
     differences = compare_case(reference / "fixtures" / case, file, lowering=lowering)
     assert len(differences) >= 6
     assert max(differences.values()) <= LIMIT, differences
@@ -260,7 +264,7 @@ def test_names_are_checked_against_the_tensors(tiny, reference):
         ("timm/mobilenetv2_025", "does not fit timm/mobilenetv2_025: it lacks"),
         (
             "timm/mobilenetv9_100",
-            "timm has no model 'mobilenetv9_100' .* valid: mobilenetv1_100|valid: timm/mobilenetv1_100",
+            "timm has no model 'mobilenetv9_100'; valid: timm/mobilenetv1_100",
         ),
         ("mobilenet_v2", "valid: FRAMEWORK/MODEL, the framework of torchvision, timm, keras"),
         ("caffe/mobilenet_v2", "valid: FRAMEWORK/MODEL"),

@@ -85,7 +85,9 @@ def test_widths_in_names_are_checked():
         WeightsError, match=r"it does not fit timm/mobilenetv2_100: of another shape are conv_stem\.weight"
     ):
         identify(TIMM, shapes, name="mobilenetv2_100", source="it")
-    with pytest.raises(WeightsError, match=r"timm has no model 'mobilenetv8' .* timm/mobilenetv4_conv_small, .*"):
+    with pytest.raises(
+        WeightsError, match=r"timm has no model 'mobilenetv8'; valid: .*timm/mobilenetv4_conv_small, .*"
+    ):
         TIMM.select("mobilenetv8")
 
 

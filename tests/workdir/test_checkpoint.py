@@ -27,13 +27,26 @@ from mobilenet_jax.workdir.checkpoint import (
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
-@pytest.fixture
-def iterator():
+def make_iterator() -> TrainIterator:
     config: Any = base.get_config()
     config.data.batch_size = 8
-    iterator = make_train_iterator(config.data, seed=3, process_index=0, process_count=1)
+    return make_train_iterator(config.data, seed=3, process_index=0, process_count=1)
+
+
+@pytest.fixture
+def iterator():
+    iterator = make_iterator()
     yield iterator
     iterator.close()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A workdir with an intact checkpoint of step 1, for tests that only read it."""
+    workdir, iterator = tmp_path_factory.mktemp("saved"), make_iterator()
+    save(workdir, make_state(1), iterator)
+    iterator.close()
+    return workdir
 
 
 def flat_config(**values) -> dict:
@@ -227,15 +240,14 @@ def test_where_all_are_damaged_nothing_is_moved(tmp_path, iterator):
         ("ema.decay", 0.9),
     ],
 )
-def test_another_run_is_refused_and_the_difference_spelled_out(tmp_path, iterator, key, value):
-    save(tmp_path, make_state(1), iterator)
+def test_another_run_is_refused_and_the_difference_spelled_out(saved, iterator, key, value):
     before = flat_config()[key]
     with pytest.raises(CheckpointMismatchError, match=re.escape(f"{key} was")) as error:
-        restore(tmp_path, iterator, config={key: value})
+        restore(saved, iterator, config={key: value})
     assert str(before) in str(error.value)
     assert str(value) in str(error.value)
     assert "\n" not in str(error.value)
-    assert list_steps(tmp_path) == [1]
+    assert list_steps(saved) == [1]
 
 
 def test_all_differences_are_named(tmp_path, iterator):
@@ -260,9 +272,8 @@ def test_all_differences_are_named(tmp_path, iterator):
         "model.remat",
     ],
 )
-def test_what_does_not_change_the_state_may_change(tmp_path, iterator, key):
-    save(tmp_path, make_state(1), iterator)
-    state, _ = restore(tmp_path, iterator, config={key: "another"})
+def test_what_does_not_change_the_state_may_change(saved, iterator, key):
+    state, _ = restore(saved, iterator, config={key: "another"})
     assert int(state.step) == 1
 
 

@@ -75,7 +75,7 @@ def test_what_is_not_finite_is_null_and_valid_json(tmp_path):
 
 
 def test_file_cut_at_any_byte_is_resumed_with_each_step_once(tmp_path, monkeypatch):
-    """As after a kill at that byte, resumed from the last checkpoint whose lines are all there."""
+    """A run killed at that byte resumes from the last checkpoint whose lines are all in the file."""
     monkeypatch.setattr(metrics, "SummaryWriter", _NoEvents)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of waits for the disk
     _write(tmp_path, range(1, 4), 0)
@@ -91,7 +91,7 @@ def test_file_cut_at_any_byte_is_resumed_with_each_step_once(tmp_path, monkeypat
 
 
 class _NoEvents:
-    """In place of the event files, whose thread is slow to start, in a test of hundreds of openings."""
+    """Stands in for the event files, whose thread is slow to start, in a test that opens hundreds."""
 
     def __init__(self, *_, **__):
         pass
