@@ -42,7 +42,8 @@ def run(flags: argparse.Namespace) -> int:
         return 0
     try:
         if flags.diff:
-            differences = diff_specs(*(_make_spec(name, flags) for name in flags.diff), flags.resolution)
+            left, right = (_make_spec(name, flags) for name in flags.diff)
+            differences = diff_specs(left, right, flags.resolution)
             text = format_diff(differences, flags.diff) if differences else "no difference"
             print(json.dumps(differences) if flags.json else text)
             return 0

@@ -69,8 +69,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, argv, message):
 
 def test_diff_is_text_or_json(capsys):
     names = ("mobilenet_v3_large", "mobilenet_v3_large:torchvision")
-    specs = [make_spec("mobilenet_v3_large", width=0.75, convention=c) for c in ("keras", "torchvision")]
-    differences = diff_specs(*specs, 224)
+    left, right = (make_spec("mobilenet_v3_large", width=0.75, convention=c) for c in ("keras", "torchvision"))
+    differences = diff_specs(left, right, 224)
     assert differences
     text = format_diff(differences, names)
     assert _run(capsys, "--diff", *names, "--width=0.75") == (0, text + "\n", "")

@@ -7,8 +7,8 @@ from mobilenet_jax.models.zoo import make_spec
 
 def diff(left: str, right: str, width: float = 1.0) -> list[dict]:
     """Return the differences between two MODEL:CONVENTION at 224 pixels."""
-    specs = [make_spec(m, width=width, convention=c) for m, c in (name.split(":") for name in (left, right))]
-    return diff_specs(*specs, 224)
+    a, b = (make_spec(m, width=width, convention=c) for m, c in (name.split(":") for name in (left, right)))
+    return diff_specs(a, b, 224)
 
 
 def test_trap_09_the_summary_states_the_trainable_count():
