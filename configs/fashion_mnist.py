@@ -21,9 +21,7 @@ def get_config():
     model = config.model
     model.name = "mobilenet_v2"
     model.width = 0.9
-    model.expansion = (
-        2.0  # with the 6 of the paper, activations, on which a CPU spends its time, are three times larger
-    )
+    model.expansion = 2.0  # 6 in the paper; its activations are three times larger, and memory limits a CPU
     model.head_width = 320  # the 1280 of the paper serve 1000 classes; with 320 there are 595,562 parameters in all
     model.stride_one = (0, 3)  # maps of 28, 14, 7 and 4 px instead of 14, 7, 4, 2 and 1
     model.activation = "hard_swish"  # 1905.02244 sec. 5.2

@@ -57,7 +57,7 @@ def sweep():
 
 @pytest.fixture(autouse=True)
 def keep_process(monkeypatch):
-    """Show one device to the command, and undo what the command sets for its process."""
+    """Show one device to the command, compile fast, and undo what the command sets for its process."""
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(ablate, "configure_memory", lambda folder: "")
@@ -65,7 +65,9 @@ def keep_process(monkeypatch):
     sys.modules.pop("config_config", None)  # the last config file that ml_collections loaded
     handlers, absl_logger = logging.root.handlers[:], logging.getLogger("absl")
     level = absl_logger.level
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
     yield
+    jax.config.update("jax_disable_most_optimizations", False)
     logging.root.handlers[:] = handlers
     absl_logger.setLevel(level)
 

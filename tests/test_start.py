@@ -13,14 +13,14 @@ STUDY = f"--config={ROOT}/configs/ablations/shortcut.py:digits"
 # Each of these takes a noticeable part of a second, or several.
 SLOW = {"jax", "jaxlib", "flax", "optax", "grain", "orbax", "tensorflow", "tensorflow_datasets"}
 COMMANDS = [
-    ("mobilenet_jax.main", "--config.KEY=VALUE", {"PIL", "matplotlib"}),
-    ("mobilenet_jax.ablate", "--dry_run", {"PIL", "matplotlib"}),
+    ("mobilenet_jax.main", "--config.KEY=VALUE", {"numpy", "PIL", "matplotlib"}),
+    ("mobilenet_jax.ablate", "--dry_run", {"numpy", "PIL", "matplotlib"}),
     ("mobilenet_jax.convert", "--format {safetensors,torchvision,timm}", {"numpy", "PIL", "matplotlib"}),
     ("mobilenet_jax.diagnose", "--weights", {"numpy", "PIL", "matplotlib"}),
     ("mobilenet_jax.predict", "--batch_size", {"numpy", "PIL", "matplotlib"}),
     ("mobilenet_jax.summary", "--diff A B", {"numpy", "PIL", "matplotlib"}),
     ("benchmarks.speed", "--python_torch", {"numpy", "PIL", "matplotlib"}),
-    ("benchmarks.manifold", "--seeds", set()),
+    ("benchmarks.manifold", "--seeds", {"numpy", "PIL", "matplotlib"}),
 ]
 
 

@@ -71,8 +71,8 @@ def _count_work(study: Study, key: RunKey, madds: int, images: int) -> float:
 def estimate_time(work: Mapping[RunKey, float], left: Sequence[RunKey], done: Mapping[RunKey, float]) -> str:
     """Say in a sentence how long the remaining runs will take.
 
-    A run takes as long as the finished runs of its variant, otherwise as its work suggests at the rate of all finished
-    runs, or at RATE if none has finished.
+    A run takes the mean time of the finished runs of its variant. If there are none, its work is divided by the rate of
+    all finished runs, or by RATE if no run has finished.
 
     Args:
       work: multiply-adds of each run.

@@ -114,7 +114,7 @@ def _last_rate(folder: Path) -> float | None:
 def read_curves(study: Study, workdir: Path) -> dict[str, list[list[tuple[float, float]]]]:
     """Return, for each variant, a learning curve per finished run: a list of (epoch, top-1 as a share).
 
-    The curve is that of the averaged variables if the study has them.
+    If the study averages its variables, the curve shows the averaged variables.
     """
     curves: dict[str, list[list[tuple[float, float]]]] = {}
     for key in find_runs(study, workdir):

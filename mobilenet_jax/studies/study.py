@@ -37,7 +37,7 @@ class RunKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The base config of a file and its sweep; the order of the variants is that of tables and figures."""
+    """The base config of a file and its sweep; tables and figures have the variants in this order."""
 
     name: str
     config: Any  # the locked ConfigDict that `get_config` returns
