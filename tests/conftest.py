@@ -23,6 +23,10 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled")))  # pyright: ignore[reportOptionalMemberAccess]
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Nearly all of the time is compilation. Without LLVM's optimizations it takes two thirds of the time, here and in
+    # the processes that tests start. Tests that hold numbers users see take the fixture `optimized`.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 
 
 @pytest.fixture(scope="session")
@@ -49,11 +53,12 @@ def show_one_device() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 
 @pytest.fixture
-def fast_compile() -> Iterator[None]:
-    """Compile without most optimizations, in half the time. For tests that compare runs of this one setting."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimized() -> Iterator[None]:
+    """Compile as users do, with all optimizations."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

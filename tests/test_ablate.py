@@ -65,9 +65,7 @@ def keep_process(monkeypatch):
     sys.modules.pop("config_config", None)  # the last config file that ml_collections loaded
     handlers, absl_logger = logging.root.handlers[:], logging.getLogger("absl")
     level = absl_logger.level
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     logging.root.handlers[:] = handlers
     absl_logger.setLevel(level)
 

@@ -328,7 +328,7 @@ def test_v2_learning_rate_is_that_of_one_worker():
     assert optim.lr_per_256 * 96 / 256 == pytest.approx(0.045)  # 1801.04381 sec. 6.1
 
 
-@pytest.mark.usefixtures("one_device", "fast_compile")
+@pytest.mark.usefixtures("one_device")
 def test_hybrid_v4_on_digits_takes_steps(tmp_path):
     config = get_config("v4", "hybrid_medium,digits")
     assert config.name == "mobilenet_v4_hybrid_medium_digits"
@@ -343,7 +343,7 @@ def test_hybrid_v4_on_digits_takes_steps(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.usefixtures("one_device", "fast_compile")
+@pytest.mark.usefixtures("one_device")
 def test_imagenet_recipe_runs_three_steps(recipe, tmp_path):
     config = get_config(recipe, "imagenet")
     config.model.width = 0.25

@@ -2,7 +2,6 @@ import csv
 import statistics
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,9 +9,7 @@ from PIL import Image
 from benchmarks import transfer
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
-from mobilenet_jax.training import run as train
 from mobilenet_jax.training.config import flatten_config
-from mobilenet_jax.training.sharding import make_mesh
 from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.save import save_weights
 
@@ -21,9 +18,8 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is d
 
 
 @pytest.fixture
-def arguments(tmp_path, monkeypatch) -> list[str]:
+def arguments(tmp_path, monkeypatch, one_device) -> list[str]:
     """Arguments for a folder of dark and bright images that any network can tell apart, one with a wrong label."""
-    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     make_config = transfer.make_config
 
     def make_plain_config(*args, **kwargs):
