@@ -1,8 +1,9 @@
 """A run: build, start, loop, result."""
 
 import contextlib
+import functools
+import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from mobilenet_jax.training.result import read_result, write_result
 from mobilenet_jax.training.signals import StopSignals
 from mobilenet_jax.training.start import Start, make_start
 from mobilenet_jax.training.task import Task, open_features, open_images
-from mobilenet_jax.workdir.checkpoint import Checkpoints
+from mobilenet_jax.workdir.checkpoint import Checkpoints, read_state
 from mobilenet_jax.workdir.environment import environment
 from mobilenet_jax.workdir.files import write_json_atomic
 from mobilenet_jax.workdir.metrics import MetricsWriter
@@ -41,7 +42,7 @@ class Prepared(NamedTuple):
 
 
 @contextlib.contextmanager
-def prepare(config, workdir: str | Path) -> Iterator[Prepared]:
+def prepare(config, workdir: str | os.PathLike) -> Iterator[Prepared]:
     """Check a config against data, devices and the checkpoints of a workdir; compile nothing.
 
     On leaving the context, checkpoints that are being written are waited for, and the data threads end.
@@ -56,7 +57,8 @@ def prepare(config, workdir: str | Path) -> Iterator[Prepared]:
             stack.callback(images.iterator.close)
             checkpoints = Checkpoints(setup.workdir, keep=setup.config.train.keep_checkpoints)
             stack.callback(checkpoints.close)
-            start = make_start(setup, checkpoints, images.iterator)
+            restore = functools.partial(checkpoints.restore, iterator=images.iterator, config=setup.flat_config)
+            start = make_start(setup, restore)
         except (ValueError, OSError) as error:
             raise RefusedError(str(error)) from error
         yield Prepared(setup, checkpoints, images, start)
@@ -64,7 +66,7 @@ def prepare(config, workdir: str | Path) -> Iterator[Prepared]:
 
 def train_and_evaluate(
     config,
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     *,
     profile: tuple[int, int] | None = None,
     seconds: Mapping[str, float] | None = None,
@@ -134,15 +136,23 @@ def describe_workdir(setup: Setup) -> None:
         write_json_atomic(setup.workdir / "environment.json", environment(devices))
 
 
-def evaluate_run(config, workdir: str | Path) -> dict:
+def evaluate_run(config, workdir: str | os.PathLike) -> dict:
     """Return {"step": steps done} and exact metrics of the newest checkpoint: "eval/top1" ..., averaged "eval_ema/...".
 
+    This writes nothing, so a run may train in the workdir at the same time.
+
     Raises:
-      RefusedError: the config, the data or the checkpoints do not fit.
+      RefusedError: the config, the data or the checkpoint does not fit.
       FileNotFoundError: the workdir has no checkpoint, and config.init names no weights.
       UnreadableImageError: an image cannot be decoded.
     """
-    with prepare(config, workdir) as (setup, _, images, start):
-        if start.step == 0 and not setup.config.init:
-            raise FileNotFoundError(f"{workdir} has no checkpoint to evaluate; train first, or set config.init")
-        return {"step": start.step, **make_evaluator(images, setup.mesh)(start.state).metrics}
+    try:
+        setup = build(config, workdir)
+        images = open_images(setup)
+        with contextlib.closing(images.iterator):
+            start = make_start(setup, functools.partial(read_state, setup.workdir, config=setup.flat_config))
+    except (ValueError, OSError) as error:
+        raise RefusedError(str(error)) from error
+    if start.step == 0 and not setup.config.init:
+        raise FileNotFoundError(f"{workdir} has no checkpoint to evaluate; train first, or set config.init")
+    return {"step": start.step, **make_evaluator(images, setup.mesh)(start.state).metrics}

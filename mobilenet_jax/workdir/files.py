@@ -1,8 +1,12 @@
-"""Files that are never seen half written."""
+"""Files that are never seen half written, on a disk or in a bucket."""
 
 import json
 import os
-from pathlib import Path
+
+import fsspec
+from etils import epath
+
+from mobilenet_jax.paths import as_path, is_bucket
 
 
 def write_json_atomic(path: str | os.PathLike, value) -> None:
@@ -14,12 +18,16 @@ def write_json_atomic(path: str | os.PathLike, value) -> None:
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write bytes, or text as UTF-8. At any moment the file on disk is the old one or the new one, whole."""
-    path = Path(path)
+    """Write bytes, or text as UTF-8. At any moment the file is the old one or the new one, whole."""
+    path = as_path(path)
+    data = content.encode() if isinstance(content, str) else content
+    if is_bucket(path):  # an object appears whole
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -30,3 +38,13 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
         os.fsync(folder)  # puts the new name on disk
     finally:
         os.close(folder)
+
+
+def move_folder(source: epath.Path, destination: epath.Path) -> None:
+    """Move a folder; in a bucket, its objects are copied and then deleted."""
+    if is_bucket(source):
+        system, path = fsspec.core.url_to_fs(str(source))
+        system.mv(path, fsspec.core.url_to_fs(str(destination))[1], recursive=True)
+    else:
+        destination.parent.mkdir(exist_ok=True)
+        source.rename(destination)

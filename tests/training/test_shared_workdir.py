@@ -1,0 +1,38 @@
+"""Several commands in one workdir: evaluation beside a run, and a second run."""
+
+from pathlib import Path
+
+import pytest
+from runs import STEPS, make_config
+
+from mobilenet_jax.training.run import evaluate_run, train_and_evaluate
+from mobilenet_jax.workdir.checkpoint import Checkpoints
+from mobilenet_jax.workdir.metrics import read_metrics
+
+pytestmark = pytest.mark.usefixtures("one_device", "fast_compile")
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def test_evaluation_beside_a_run_reads_the_newest_checkpoint_and_changes_nothing(tmp_path, monkeypatch):
+    """Evaluated after each save of the run, while the next checkpoint is half written."""
+    original, found = Checkpoints.save, {}
+
+    def save(self, step, *arguments):
+        original(self, step, *arguments)
+        self.wait()
+        unfinished = tmp_path / "checkpoints" / f"{step + 1}.orbax-checkpoint-tmp"
+        (unfinished / "state").mkdir(parents=True)
+        (unfinished / "state" / "manifest.ocdbt").write_bytes(b"half")
+        before = list_files(tmp_path)
+        evaluated = evaluate_run(make_config(), tmp_path)
+        assert list_files(tmp_path) == before
+        found[step] = evaluated.pop("step"), evaluated
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    train_and_evaluate(make_config(), tmp_path)
+    assert {step: newest for step, (newest, _) in found.items()} == {4: 4, 8: 8, 12: 12}
+    last = read_metrics(tmp_path)[-1]
+    assert found[STEPS][1] == {key: value for key, value in last.items() if key.startswith(("eval/", "eval_ema/"))}
