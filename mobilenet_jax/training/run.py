@@ -23,6 +23,7 @@ from mobilenet_jax.training.task import Task, open_features, open_images
 from mobilenet_jax.workdir.checkpoint import Checkpoints, read_state
 from mobilenet_jax.workdir.environment import environment
 from mobilenet_jax.workdir.files import write_json_atomic
+from mobilenet_jax.workdir.lock import lock_workdir
 from mobilenet_jax.workdir.metrics import MetricsWriter
 
 __all__ = ["NonFiniteError", "RefusedError", "evaluate_run", "prepare", "train_and_evaluate"]
@@ -43,19 +44,20 @@ class Prepared(NamedTuple):
 
 @contextlib.contextmanager
 def prepare(config, workdir: str | os.PathLike) -> Iterator[Prepared]:
-    """Check a config against data, devices and the checkpoints of a workdir; compile nothing.
+    """Lock a workdir, and check a config against data, devices and its checkpoints; compile nothing.
 
     On leaving the context, checkpoints that are being written are waited for, and the data threads end.
 
     Raises:
-      RefusedError: something does not fit, in one sentence.
+      RefusedError: something does not fit, or another run holds the workdir, in one sentence.
     """
     with contextlib.ExitStack() as stack:
         try:
             setup = build(config, workdir)
             images = open_images(setup)
             stack.callback(images.iterator.close)
-            checkpoints = Checkpoints(setup.workdir, keep=setup.config.train.keep_checkpoints)
+            check = stack.enter_context(lock_workdir(setup.workdir))
+            checkpoints = Checkpoints(setup.workdir, keep=setup.config.train.keep_checkpoints, check=check)
             stack.callback(checkpoints.close)
             restore = functools.partial(checkpoints.restore, iterator=images.iterator, config=setup.flat_config)
             start = make_start(setup, restore)

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -55,8 +55,13 @@ class CheckpointMismatchError(ValueError):
 class Checkpoints:
     """The checkpoints of one workdir, in `WORKDIR/checkpoints/STEP`."""
 
-    def __init__(self, workdir: str | os.PathLike, *, keep: int):
-        """Open or create the folder; keep the newest `keep` checkpoints."""
+    def __init__(self, workdir: str | os.PathLike, *, keep: int, check: Callable[[], None] = lambda: None):
+        """Open or create the folder; keep the newest `keep` checkpoints.
+
+        Call this only for a run that holds the lock of the workdir, because it deletes checkpoints that are half
+        written. Each save calls `check` first, which raises if the lock is lost.
+        """
+        self._check = check
         self._directory = _find_directory(as_path(workdir))
         self._keep = keep
         self._manager = self._open()
@@ -71,6 +76,7 @@ class Checkpoints:
         The state is copied to the host first, because the next step reuses its buffers. `meta` is JSON: the config and
         the values that the host has accumulated.
         """
+        self._check()
         if step in self._manager.all_steps():
             return
         leaves = _name_leaves(jax.tree.map(np.array, state))

@@ -1,11 +1,14 @@
 """Several commands in one workdir: evaluation beside a run, and a second run."""
 
+import os
+import re
+import socket
 from pathlib import Path
 
 import pytest
 from runs import STEPS, make_config
 
-from mobilenet_jax.training.run import evaluate_run, train_and_evaluate
+from mobilenet_jax.training.run import RefusedError, evaluate_run, prepare, train_and_evaluate
 from mobilenet_jax.workdir.checkpoint import Checkpoints
 from mobilenet_jax.workdir.metrics import read_metrics
 
@@ -36,3 +39,17 @@ def test_evaluation_beside_a_run_reads_the_newest_checkpoint_and_changes_nothing
     assert {step: newest for step, (newest, _) in found.items()} == {4: 4, 8: 8, 12: 12}
     last = read_metrics(tmp_path)[-1]
     assert found[STEPS][1] == {key: value for key, value in last.items() if key.startswith(("eval/", "eval_ema/"))}
+
+
+def test_a_second_run_is_refused_and_changes_nothing(tmp_path):
+    with prepare(make_config(), tmp_path):
+        (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
+        before = list_files(tmp_path)
+        said = f"{tmp_path} is in use: process {os.getpid()} on host {socket.gethostname()} trains there"
+        with pytest.raises(RefusedError, match=re.escape(said)) as error:
+            train_and_evaluate(make_config(), tmp_path)
+        assert "\n" not in str(error.value)
+        assert list_files(tmp_path) == before
+    with prepare(make_config(), tmp_path):
+        assert not (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").exists()
+    assert not (tmp_path / "run.lock").exists()
