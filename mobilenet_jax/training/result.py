@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from mobilenet_jax import plots
 from mobilenet_jax.training.build import Setup
@@ -19,13 +20,18 @@ from mobilenet_jax.workdir.metrics import read_metrics
 def read_result(setup: Setup, step: int) -> dict | None:
     """Return result.json if the run has done all its `step` steps and the file is of that step, otherwise None.
 
-    A run that was made longer and then killed still has the result of its shorter self.
+    A run that was made longer and then killed still has the result of its shorter self. A file that a crash of the
+    machine has damaged counts as missing, with a warning: the result is computed again.
     """
     path = setup.workdir / "result.json"
     if step < setup.plan.total_steps or not path.exists():
         return None
-    result = json.loads(path.read_text())
-    return result if result["step"] == step else None
+    try:
+        result = json.loads(path.read_bytes())
+        return result if result["step"] == step else None
+    except (ValueError, TypeError, KeyError) as error:
+        logging.warning("%s is damaged (%s); it is written again", path, error)
+        return None
 
 
 def write_result(setup: Setup, state: TrainState, evaluation: StateEvaluation, log: Log) -> dict:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from mobilenet_jax.training.start import Start, make_start
 from mobilenet_jax.training.task import Task, open_features, open_images
 from mobilenet_jax.workdir.checkpoint import Checkpoints, read_state
 from mobilenet_jax.workdir.environment import environment
-from mobilenet_jax.workdir.files import write_json_atomic
+from mobilenet_jax.workdir.files import write_atomic, write_json_atomic
 from mobilenet_jax.workdir.lock import lock_workdir
 from mobilenet_jax.workdir.metrics import MetricsWriter
 
@@ -96,7 +97,7 @@ def train_and_evaluate(
             return result
         if start.step:
             logging.info("continuing %s from step %s", workdir, f"{start.step:,}")
-        describe_workdir(setup)
+        describe_workdir(setup, start.step)
         is_first = jax.process_index() == 0
         progress = Progress(
             setup.plan.total_steps,
@@ -130,12 +131,28 @@ def train_and_evaluate(
         return write_result(setup, end.state, evaluation, log)
 
 
-def describe_workdir(setup: Setup) -> None:
-    """Write config.json and environment.json, from the first process."""
-    if jax.process_index() == 0:
-        write_json_atomic(setup.workdir / "config.json", setup.flat_config)
-        devices = [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()]
-        write_json_atomic(setup.workdir / "environment.json", environment(devices))
+def describe_workdir(setup: Setup, step: int) -> None:
+    """Write config.json and environment.json, from the first process.
+
+    If a run continues with another config at `step`, the config before it stays as config.STEP.json.
+    """
+    if jax.process_index() != 0:
+        return
+    file = setup.workdir / "config.json"
+    if step and file.exists() and _is_other_json(file.read_bytes(), setup.flat_config):
+        before = setup.workdir / f"config.{step}.json"
+        write_atomic(before, file.read_bytes())
+        logging.info("the config has changed; the one before it is in %s", before)
+    write_json_atomic(file, setup.flat_config)
+    devices = [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()]
+    write_json_atomic(setup.workdir / "environment.json", environment(devices))
+
+
+def _is_other_json(data: bytes, value: dict) -> bool:
+    try:
+        return json.loads(data) != value
+    except ValueError:  # damaged, and kept too
+        return True
 
 
 def evaluate_run(config, workdir: str | os.PathLike) -> dict:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from mobilenet_jax.paths import as_path, is_bucket
-from mobilenet_jax.workdir.files import move_folder
+from mobilenet_jax.workdir.files import DiskFullError, move_folder, naming_a_full_disk
 from mobilenet_jax.workdir.reading import (
     CheckpointReadError,
     DamagedError,
@@ -80,6 +81,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         leaves = _name_leaves(jax.tree.map(np.array, state))
+        self._check_space(step, sum(leaf.nbytes for leaf in leaves.values()))
         meta = {
             **meta,
             "iterator": iterator.get_state(),
@@ -90,7 +92,14 @@ class Checkpoints:
             state=ocp.args.StandardSave(leaves),
             meta=ocp.args.JsonSave({"content": meta, "checksum": checksum_meta(meta)}),
         )
-        self._manager.save(step, args=args)
+        with naming_a_full_disk(self._directory):
+            self._manager.save(step, args=args)
+
+    def _check_space(self, step: int, size: int) -> None:
+        """Raise DiskFullError if `size` bytes do not fit, before Orbax writes a half and prints pages of tracebacks."""
+        first = jax.process_index() == 0
+        if first and not is_bucket(self._directory) and shutil.disk_usage(self._directory).free < size:
+            raise DiskFullError(self._directory / str(step), f"its {size / 1e6:,.1f} MB do not fit")
 
     def restore(self, state: Any, iterator: grain.DatasetIterator, *, config: dict) -> tuple[Any, dict] | None:
         """Return (state, meta) of the newest intact checkpoint and move the iterator to it; None if there are none.
@@ -135,12 +144,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until everything is on disk; raise the error of a save that failed in the background."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        with naming_a_full_disk(self._directory):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
         """Wait for saves and stop the threads."""
-        self._manager.close()
+        with naming_a_full_disk(self._directory):
+            self._manager.close()
 
 
 def check_same_run(saved: dict, config: dict, where: epath.Path) -> None:

@@ -1,5 +1,6 @@
 """Several commands in one workdir: evaluation beside a run, and a second run."""
 
+import json
 import os
 import re
 import socket
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 from runs import STEPS, make_config
 
-from mobilenet_jax.training.run import RefusedError, evaluate_run, prepare, train_and_evaluate
+from mobilenet_jax.training.build import build
+from mobilenet_jax.training.run import RefusedError, describe_workdir, evaluate_run, prepare, train_and_evaluate
 from mobilenet_jax.workdir.checkpoint import Checkpoints
 from mobilenet_jax.workdir.metrics import read_metrics
 
@@ -53,3 +55,15 @@ def test_a_second_run_is_refused_and_changes_nothing(tmp_path):
     with prepare(make_config(), tmp_path):
         assert not (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").exists()
     assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_changed_config_is_kept_beside_the_new_one(tmp_path):
+    first, second = (build(make_config(optim__lr_per_256=rate), tmp_path) for rate in (0.1, 0.2))
+    describe_workdir(first, 0)
+    describe_workdir(first, 4)
+    assert sorted(path.name for path in tmp_path.glob("config*")) == ["config.json"]
+    describe_workdir(second, 8)
+    rates = {
+        path.name: json.loads(path.read_text())["optim.lr_per_256"] for path in sorted(tmp_path.glob("config*.json"))
+    }
+    assert rates == {"config.8.json": 0.1, "config.json": 0.2}

@@ -3,6 +3,7 @@ import errno
 import logging
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -397,6 +398,44 @@ def test_changes_of_unprotected_keys_are_named(tmp_path, iterator, caplog):
     said = [record.message for record in caplog.records if " was " in record.message]
     assert "optim.lr_per_256 was 0.1 and is 0.2 since the checkpoint of step 1" in said
     assert len(said) == 2
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_sentence(tmp_path, iterator, monkeypatch):
+    save(tmp_path, make_state(1), iterator)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: Namespace(free=100))
+        said = (
+            r"checkpoints/2 could not be written: its 0.0 MB do not fit; 0.0 MB are free; free some space and run the"
+        )
+        with pytest.raises(OSError, match=said) as error:
+            save(tmp_path, make_state(2), iterator)
+        assert "\n" not in str(error.value)
+    assert list_steps(tmp_path) == [1]
+    save(tmp_path, make_state(2), iterator)
+    assert int(restore(tmp_path, iterator)[0].step) == 2
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Error opening zarr:\nFailed to write 289 bytes to file 9"),
+    ],
+)
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_one_sentence(tmp_path, iterator, monkeypatch, problem):
+    save(tmp_path, make_state(1), iterator)
+
+    def fail(self, *arguments, **options):
+        raise problem
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", fail)
+        said = r"checkpoints could not be written: the disk is full or over quota; [\d,.]+ MB are free; free some space"
+        with pytest.raises(OSError, match=said) as error:
+            save(tmp_path, make_state(2), iterator)
+        assert "\n" not in str(error.value)
+    save(tmp_path, make_state(2), iterator)
+    assert int(restore(tmp_path, iterator)[0].step) == 2
 
 
 @pytest.mark.parametrize("ema", [True, False])
