@@ -1,5 +1,6 @@
 """The result of a run: numbers, curves and the confusion matrix of its last step."""
 
+import io
 import json
 from typing import Any
 
@@ -13,7 +14,7 @@ from mobilenet_jax.training.evaluate import StateEvaluation
 from mobilenet_jax.training.finite import NonFiniteError, find_non_finite
 from mobilenet_jax.training.log import Log
 from mobilenet_jax.training.steps import TrainState
-from mobilenet_jax.workdir.files import write_json_atomic
+from mobilenet_jax.workdir.files import write_atomic, write_json_atomic
 from mobilenet_jax.workdir.metrics import read_metrics
 
 
@@ -62,7 +63,9 @@ def draw_result(setup: Setup, confusion: np.ndarray | None) -> None:
     """Write curves.png and, if there is a confusion matrix, confusion.csv and confusion.png."""
     workdir = setup.workdir
     if confusion is not None:
-        np.savetxt(workdir / "confusion.csv", confusion, fmt="%d", delimiter=",")
+        table = io.StringIO()
+        np.savetxt(table, confusion, fmt="%d", delimiter=",")
+        write_atomic(workdir / "confusion.csv", table.getvalue())
         names = setup.info.class_names
         # A model may have more classes than its data has names.
         names = (*names, *map(str, range(len(names), len(confusion))))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 from absl import logging
 
+from mobilenet_jax.paths import as_path, is_bucket
 from mobilenet_jax.training.build import Setup, build
 from mobilenet_jax.training.evaluate import make_evaluator
 from mobilenet_jax.training.finite import NonFiniteError
@@ -90,6 +91,8 @@ def train_and_evaluate(
       NonFiniteError: a loss or a gradient is not finite; the checkpoints of the steps before it stay.
       UnreadableImageError: an image cannot be decoded, unless data.on_error is "skip".
     """
+    if profile and is_bucket(as_path(workdir)):
+        raise RefusedError(f"--profile writes to a local folder and --workdir is {workdir}; give a local one")
     with prepare(config, workdir) as run:
         setup, checkpoints, images, start = run
         if result := read_result(setup, start.step):

@@ -68,7 +68,11 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
+        # A bucket cannot rename a folder at once, so the last file that a save writes there says that it is whole.
+        commit = ocp.path.atomicity.CommitFileTemporaryPath if is_bucket(self._directory) else None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, cleanup_tmp_directories=True, temporary_path_class=commit
+        )
         return ocp.CheckpointManager(self._directory, options=options, item_names=_ITEMS)
 
     def save(self, step: int, state: Any, iterator: grain.DatasetIterator, meta: dict) -> None:
