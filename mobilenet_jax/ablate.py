@@ -8,7 +8,6 @@ stopped, and skips finished runs. Several processes can run the same command at 
 
 import argparse
 import sys
-from pathlib import Path
 
 from mobilenet_jax.cli.allocator import restart_tuned
 from mobilenet_jax.cli.config import split_overrides
@@ -18,7 +17,7 @@ from mobilenet_jax.cli.startup import configure_memory, show_own_messages
 from mobilenet_jax.models.spec import check_choice
 from mobilenet_jax.studies.plan import make_plan
 from mobilenet_jax.studies.schedule import run_study
-from mobilenet_jax.studies.study import load_study
+from mobilenet_jax.studies.study import find_workdir, load_study
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -52,7 +51,7 @@ def run(flags: argparse.Namespace, overrides: list[str]) -> int:
         study = load_study(flags.config, overrides)
         if flags.only is not None:
             check_choice("--only", flags.only, tuple(study.variants))
-        workdir = Path(flags.workdir or f"runs/ablations/{study.name}")
+        workdir = find_workdir(study, flags.workdir)
         runs = study.list_runs(flags.seeds, [flags.only] if flags.only else list(study.variants))
         plan = make_plan(study, workdir, runs, needs_data=not flags.dry_run)
     except (ValueError, OSError) as error:

@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
 from mobilenet_jax.cli.allocator import restart_tuned
 from mobilenet_jax.cli.config import apply_preprocessing, load_config, split_overrides
@@ -29,7 +28,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "configs/base.py lists all keys",
     )
     parser.add_argument("--config", required=True, help="a config file, with an argument as FILE:ARGUMENT")
-    parser.add_argument("--workdir", help="folder of checkpoints, metrics and figures; default: runs/NAME")
+    parser.add_argument(
+        "--workdir",
+        help="folder of checkpoints, metrics and figures, which may be gs://... or s3://...; default: runs/NAME",
+    )
     parser.add_argument("--mode", choices=("train", "eval"), default="train", help="default: train")
     parser.add_argument(
         "--profile",
@@ -74,12 +76,13 @@ def evaluate_weights(flags: argparse.Namespace, config, workdir: str, overrides:
     Images are prepared as the card of the weights says, except for overrides.
     """
     from mobilenet_jax.data.decode import UnreadableImageError
+    from mobilenet_jax.paths import as_path
     from mobilenet_jax.training import evaluate
     from mobilenet_jax.weights.load import load_weights
     from mobilenet_jax.workdir.files import write_json_atomic
 
-    path = Path(workdir) / "evaluation.json"
     try:
+        path = as_path(workdir) / "evaluation.json"
         weights = load_weights(flags.weights, flags.name, offline=flags.offline)
         apply_preprocessing(config, weights[2], overrides)
         result = evaluate.evaluate_weights(weights, config.data)

@@ -1,5 +1,6 @@
 """The style of all figures, the pictures of a finished run, and the pictures of a study; all are PNG files."""
 
+import io
 import itertools
 import math
 import os
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -69,8 +71,10 @@ def style_axes(
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Write the figure as a PNG, whatever the suffix of the path is."""
-    figure.savefig(path, format="png")
+    """Write the figure as a PNG, whatever the suffix of the path is. The path may lie in a bucket."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    epath.Path(path).write_bytes(image.getvalue())
 
 
 def draw_curves(metrics: Sequence[dict], path: str | os.PathLike, *, title: str) -> None:

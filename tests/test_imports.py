@@ -17,14 +17,15 @@ FILES = {
 FLOORS = {
     "models": set(),
     "plots": set(),
-    "data": set(),
-    "workdir": set(),
-    "weights": {"workdir", "models"},
-    "training": {"weights", "workdir", "data", "models", "plots"},
+    "paths": set(),
+    "data": {"paths"},
+    "workdir": {"paths"},
+    "weights": {"workdir", "models", "paths"},
+    "training": {"weights", "workdir", "data", "models", "plots", "paths"},
     "inference": {"training", "weights", "data", "models"},
-    "diagnosis": {"cli", "inference", "training", "weights", "workdir", "data", "models", "plots"},
+    "diagnosis": {"cli", "inference", "training", "weights", "workdir", "data", "models", "plots", "paths"},
     "cli": set(),
-    "studies": {"cli", "training", "workdir", "data", "models", "plots"},
+    "studies": {"cli", "training", "workdir", "data", "models", "plots", "paths"},
 }
 # Inside `models`: the textbook from the network down, and tables of `spec` alone.
 MODELS = {

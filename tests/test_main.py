@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from mobilenet_jax import main as main_module
 from mobilenet_jax.cli.config import load_config
@@ -20,6 +21,7 @@ from mobilenet_jax.training import evaluate
 from mobilenet_jax.training import run as run_module
 from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.save import save_weights
+from mobilenet_jax.workdir.lock import lock_workdir
 
 # ml_collections loads config files by a way that Python is about to drop.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
@@ -95,6 +97,12 @@ def test_trap_35_overrides_may_stand_before_the_config():
     config = load_config(flags.config, overrides)
     assert (config.data.batch_size, config.train.steps) == (16, 3)
     assert config.is_locked
+
+
+def test_a_workdir_in_use_is_refused(capsys, tmp_path):
+    with lock_workdir(epath.Path(tmp_path)):
+        said = refuse(capsys, CONFIG, *TINY, f"--workdir={tmp_path}")
+    assert re.search(r"is in use: process \d+ on host .* trains there; wait for its end or give another", said)
 
 
 def test_missing_file_and_variant_list_the_valid_ones(capsys):

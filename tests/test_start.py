@@ -54,7 +54,7 @@ def test_trap_35_help_imports_nothing_slow(module, said, unneeded):
 
 def test_every_command_of_the_package_is_tested():
     commands = {f"mobilenet_jax.{path.stem}" for path in (ROOT / "mobilenet_jax").glob("*.py")}
-    modules = {"mobilenet_jax.__init__", "mobilenet_jax.plots"}
+    modules = {"mobilenet_jax.__init__", "mobilenet_jax.paths", "mobilenet_jax.plots"}
     assert commands - modules == {module for module, *_ in COMMANDS if module.startswith("mobilenet_jax.")}
 
 

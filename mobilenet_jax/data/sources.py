@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from etils import epath
 
 from mobilenet_jax.data.decode import UnreadableImageError
+from mobilenet_jax.paths import as_path, is_bucket
 
 SPLITS = ("train", "test", "holdout")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+Folder = Path | epath.Path  # on a disk, or in a bucket
 
 
 class Record(NamedTuple):
@@ -165,12 +170,14 @@ class _Fake:
 
 
 class _Folder:
-    """Image files in one folder per class."""
+    """Image files in one folder per class, on a disk or in a bucket."""
 
     def __init__(self, data_config, argument: str, split: str):
         if argument:
             raise ValueError(f"data.source is 'folder:{argument}'; valid: folder, with the path in data.path")
-        root = Path(data_config.path)
+        root: Folder = as_path(data_config.path)
+        if not is_bucket(root):
+            root = Path(root)
         if not data_config.path or not root.is_dir():
             raise FileNotFoundError(
                 f"data.path is {data_config.path!r}; valid: a folder of train/CLASS/*.jpg or of CLASS/*.jpg"
@@ -195,10 +202,15 @@ class _Folder:
 
     def __getitem__(self, index: int) -> Record:
         file, label = self._files[index]
-        return Record(file, label, str(file))
+        if isinstance(file, Path):
+            return Record(file, label, str(file))
+        try:
+            return Record(file.read_bytes(), label, str(file))
+        except OSError as error:
+            raise UnreadableImageError(f"{file} cannot be read: {error}") from error
 
 
-def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
+def _list_split(root: Folder, split: str) -> dict[str, list[Folder]]:
     """List the files of root/train, or of root/test or root/val; both folders must have the same classes."""
     train = _list_classes(root / "train")
     test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
@@ -218,7 +230,7 @@ def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
     return train if split == "train" else test
 
 
-def _list_classes(root: Path) -> dict[str, list[Path]]:
+def _list_classes(root: Folder) -> dict[str, list[Folder]]:
     """List the image files of each class folder of `root`; classes and files are sorted by name."""
     classes = {folder.name: sorted(file for file in folder.iterdir() if is_image(file)) for folder in _subfolders(root)}
     if not classes:
@@ -231,16 +243,16 @@ def _list_classes(root: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def _subfolders(root: Path) -> list[Path]:
+def _subfolders(root: Folder) -> list[Folder]:
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def is_image(file: Path) -> bool:
+def is_image(file: Folder) -> bool:
     """Return whether a file is an image by its name."""
     return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")  # macOS leaves ._NAME.jpg
 
 
-def _is_test(file: Path) -> bool:
+def _is_test(file: Folder) -> bool:
     """Return whether a file of an unsplit folder is a test image, which a fifth is, by the hash of CLASS/FILE.
 
     The answer does not change when files are added. It does not depend on the machine either: names are brought to NFC,

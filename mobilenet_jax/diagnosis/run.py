@@ -10,6 +10,7 @@ from mobilenet_jax.diagnosis.report import make_report
 from mobilenet_jax.diagnosis.weights import quantise_variables
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.folded import list_layers
+from mobilenet_jax.paths import as_path
 from mobilenet_jax.training.progress import Progress
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.workdir.files import write_json_atomic
@@ -51,7 +52,7 @@ def diagnose(
     elif data:
         images = open_files(data, card, batch_size=batch_size)
     tally = _measure(model, variables, images, batch_size=batch_size) if images else None
-    workdir = Path(source)
+    workdir = as_path(source)
     metrics = read_metrics(workdir) if (workdir / METRICS_FILE).exists() else ()
     report = make_report(weights, tally=tally, images=images.source if images else "", metrics=metrics)
     if out:

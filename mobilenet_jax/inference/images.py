@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,8 @@ def list_images(paths: Iterable[str | Path]) -> list[Path]:
     """Return `paths` with every folder replaced by the images in it, at any depth, sorted by name.
 
     In folders, images are the files ending in .jpg, .jpeg, .png or .webp, and links to folders are not followed. Any
-    other path is returned as it is. Raises ValueError for a folder without images, OSError for one that cannot be read.
+    other path is returned as it is. Raises ValueError for a folder without images and
+    for a URL, OSError for one that cannot be read.
     """
 
     def refuse(error: OSError):
@@ -25,6 +27,8 @@ def list_images(paths: Iterable[str | Path]) -> list[Path]:
 
     files = []
     for path in map(Path, paths):
+        if re.match(r"[a-z][a-z0-9]+:/", str(path)):  # pathlib keeps one slash of two
+            raise ValueError(f"{path.as_posix().replace(':/', '://', 1)} is a URL; valid: images on a disk")
         if not os.path.isdir(path):
             files.append(path)
             continue

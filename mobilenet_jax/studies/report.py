@@ -6,6 +6,7 @@ Nothing here imports JAX.
 import csv
 import io
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from mobilenet_jax.studies.records import find_runs, read_record
-from mobilenet_jax.studies.study import Study, hash_config
+from mobilenet_jax.studies.study import RunKey, Study, hash_config
 from mobilenet_jax.workdir.files import write_atomic
 from mobilenet_jax.workdir.metrics import read_metrics
 
@@ -77,52 +78,70 @@ def compare(values: Mapping[int, float], base: Mapping[int, float]) -> Summary |
 
 
 def read_rows(study: Study, workdir: Path) -> list[dict[str, Any]]:
-    """Return a row with the keys COLUMNS for each run that finished or failed, in sweep order, then by seed."""
+    """Return a row with the keys COLUMNS for each run that finished or failed, in sweep order, then by seed.
+
+    A run with a file that is damaged has the status "damaged" and no results; a warning names the file.
+    """
     rows = []
     for key in find_runs(study, workdir):
         folder = key.folder(workdir)
         record = read_record(folder)
         if record is None or record["status"] == "started":
             continue
-        finished = record["status"] == "finished"
-        result = json.loads((folder / "result.json").read_text()) if finished else {}
-        environment = json.loads((folder / "environment.json").read_text())
+        files = _read_files(folder, finished=record["status"] == "finished")
         cost = study.compute_cost(key.variant, record["num_classes"])
         row = {
             "study": study.name,
             "variant": key.variant,
             "seed": key.seed,
-            "status": record["status"],
             "params": cost.params,
             "madds": cost.madds,
-            "epochs": result.get("epoch"),
             "seconds": round(record["seconds"], 1),
-            "images_per_second": _last_rate(folder),
             "config": hash_config(record["config"]),
-            "commit": environment["commit"],
+            **({"status": "damaged"} if files is None else {"status": record["status"], **files}),
         }
-        rows.append({name: row[name] if name in row else result.get(name) for name in COLUMNS})
+        rows.append({name: row.get(name) for name in COLUMNS})
     return rows
 
 
-def _last_rate(folder: Path) -> float | None:
-    lines = read_metrics(folder)
+def _read_files(folder: Path, *, finished: bool) -> dict[str, Any] | None:
+    """Return the columns of a row that the files of a run give, or None, with a warning, if a file is damaged."""
+    try:
+        result = _read_json(folder / "result.json") if finished else {}
+        environment = _read_json(folder / "environment.json")
+        lines = read_metrics(folder)
+    except ValueError as error:
+        logging.warning("%s; this run is left out of the table", error)
+        return None
     rate = lines[-1]["time/images_per_second"] if lines else None
-    return None if rate is None else round(rate, 1)
+    return {
+        **result,
+        "epochs": result.get("epoch"),
+        "images_per_second": None if rate is None else round(rate, 1),
+        "commit": environment["commit"],
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def read_curves(study: Study, workdir: Path) -> dict[str, list[list[tuple[float, float]]]]:
     """Return, for each variant, a learning curve per finished run: a list of (epoch, top-1 as a share).
 
-    If the study averages its variables, the curve shows the averaged variables.
+    If the study averages its variables, the curve shows the averaged variables. Runs with damaged files have no curve.
     """
+    averaged = "eval_ema/top1" if study.config.ema.decay > 0 else "eval/top1"
     curves: dict[str, list[list[tuple[float, float]]]] = {}
-    for key in find_runs(study, workdir):
-        record = read_record(key.folder(workdir))
-        if record is not None and record["status"] == "finished":
-            averaged = "eval_ema/top1" if study.config.ema.decay > 0 else "eval/top1"
-            lines = [line for line in read_metrics(key.folder(workdir)) if averaged in line]
-            curves.setdefault(key.variant, []).append([(line["epoch"], line[averaged]) for line in lines])
+    for row in read_rows(study, workdir):
+        if row["status"] == "finished":
+            lines = [
+                line for line in read_metrics(RunKey(row["seed"], row["variant"]).folder(workdir)) if averaged in line
+            ]
+            curves.setdefault(row["variant"], []).append([(line["epoch"], line[averaged]) for line in lines])
     return curves
 
 
@@ -190,10 +209,12 @@ def _format_notes(study: Study, rows: Sequence[Mapping]) -> list[str]:
         "",
         f"Paper: {study.source}.",
         "",
-        f"Commit: {', '.join(sorted({str(row['commit']) for row in rows}))}.",
+        f"Commit: {', '.join(sorted({str(row['commit']) for row in rows if row['status'] != 'damaged'}))}.",
     ]
     if failed := [f"{row['variant']} seed {row['seed']}" for row in rows if row["status"] == "failed"]:
         notes += ["", f"Failed, not in the means: {', '.join(failed)}."]
+    if damaged := [f"{row['variant']} seed {row['seed']}" for row in rows if row["status"] == "damaged"]:
+        notes += ["", f"Left out, because their files are damaged: {', '.join(damaged)}."]
     return notes
 
 

@@ -128,3 +128,13 @@ def hash_config(flat: Mapping[str, Any]) -> str:
     """Return twelve hexadecimal digits that identify a config; seed, name and paths do not count."""
     kept = {name: value for name, value in flat.items() if name not in (*FREE_KEYS, "seed")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def find_workdir(study: Study, workdir: str | None) -> Path:
+    """Return the folder of a study, by default runs/ablations/NAME. Raises ValueError for a URL."""
+    if workdir and "://" in workdir:
+        raise ValueError(
+            f"--workdir is {workdir}, and the processes of a study share its runs by file locks, which buckets do not "
+            "have; valid: a folder on a disk"
+        )
+    return Path(workdir or f"runs/ablations/{study.name}")

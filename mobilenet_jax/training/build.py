@@ -1,14 +1,15 @@
 """From a config to everything that stays the same during a run."""
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import optax
+from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
 
@@ -17,6 +18,7 @@ from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.network import MobileNet, create_model
 from mobilenet_jax.models.spec import Spec
+from mobilenet_jax.paths import as_path
 from mobilenet_jax.training.config import flatten_config, follow_card
 from mobilenet_jax.training.optim import find_frozen, make_optimizer, make_schedule
 from mobilenet_jax.training.plan import Plan, make_plan, warn_of_slow_statistics
@@ -31,7 +33,7 @@ Weights = tuple[MobileNet, dict, dict]  # model, variables, card
 class Setup:
     """A config and a workdir, with all that follows from them; training changes none of it."""
 
-    workdir: Path
+    workdir: epath.Path
     config: Any  # with every key that the card of weights fills
     flat_config: dict[str, Any]  # the config as config.json and checkpoints hold it
     mesh: Mesh
@@ -45,7 +47,7 @@ class Setup:
     seconds: float  # that building took
 
 
-def build(config, workdir: str | Path) -> Setup:
+def build(config, workdir: str | os.PathLike) -> Setup:
     """Return the setup of a run. This reads listings and headers of the data, compiles nothing and writes nothing.
 
     Raises:
@@ -68,7 +70,7 @@ def build(config, workdir: str | Path) -> Setup:
         "processes": jax.process_count(),
     }
     return Setup(
-        workdir=Path(workdir),
+        workdir=as_path(workdir),
         config=config,
         flat_config={**flatten_config(config), **derived},
         mesh=mesh,

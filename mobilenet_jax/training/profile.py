@@ -1,7 +1,7 @@
 """A trace of some steps, for TensorBoard and Perfetto."""
 
 import contextlib
-from pathlib import Path
+import os
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ class Profiler:
     steps too. A context manager: a trace that is still open at the end of the run is closed.
     """
 
-    def __init__(self, steps: tuple[int, int] | None, folder: Path):
+    def __init__(self, steps: tuple[int, int] | None, folder: str | os.PathLike):
         """Trace nothing if `steps` is None. Raises ValueError unless 1 <= first <= last."""
         self._first, self._last = steps or (0, 0)
         if steps and not 1 <= self._first <= self._last:

@@ -1,10 +1,12 @@
 """The result of a run: numbers, curves and the confusion matrix of its last step."""
 
+import io
 import json
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from mobilenet_jax import plots
 from mobilenet_jax.training.build import Setup
@@ -12,20 +14,25 @@ from mobilenet_jax.training.evaluate import StateEvaluation
 from mobilenet_jax.training.finite import NonFiniteError, find_non_finite
 from mobilenet_jax.training.log import Log
 from mobilenet_jax.training.steps import TrainState
-from mobilenet_jax.workdir.files import write_json_atomic
+from mobilenet_jax.workdir.files import write_atomic, write_json_atomic
 from mobilenet_jax.workdir.metrics import read_metrics
 
 
 def read_result(setup: Setup, step: int) -> dict | None:
     """Return result.json if the run has done all its `step` steps and the file is of that step, otherwise None.
 
-    A run that was made longer and then killed still has the result of its shorter self.
+    A run that was made longer and then killed still has the result of its shorter self. A file that a crash of the
+    machine has damaged counts as missing, with a warning: the result is computed again.
     """
     path = setup.workdir / "result.json"
     if step < setup.plan.total_steps or not path.exists():
         return None
-    result = json.loads(path.read_text())
-    return result if result["step"] == step else None
+    try:
+        result = json.loads(path.read_bytes())
+        return result if result["step"] == step else None
+    except (ValueError, TypeError, KeyError) as error:
+        logging.warning("%s is damaged (%s); it is written again", path, error)
+        return None
 
 
 def write_result(setup: Setup, state: TrainState, evaluation: StateEvaluation, log: Log) -> dict:
@@ -56,7 +63,9 @@ def draw_result(setup: Setup, confusion: np.ndarray | None) -> None:
     """Write curves.png and, if there is a confusion matrix, confusion.csv and confusion.png."""
     workdir = setup.workdir
     if confusion is not None:
-        np.savetxt(workdir / "confusion.csv", confusion, fmt="%d", delimiter=",")
+        table = io.StringIO()
+        np.savetxt(table, confusion, fmt="%d", delimiter=",")
+        write_atomic(workdir / "confusion.csv", table.getvalue())
         names = setup.info.class_names
         # A model may have more classes than its data has names.
         names = (*names, *map(str, range(len(names), len(confusion))))

@@ -1,13 +1,16 @@
 """A run: build, start, loop, result."""
 
 import contextlib
+import functools
+import json
+import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from absl import logging
 
+from mobilenet_jax.paths import as_path, is_bucket
 from mobilenet_jax.training.build import Setup, build
 from mobilenet_jax.training.evaluate import make_evaluator
 from mobilenet_jax.training.finite import NonFiniteError
@@ -19,9 +22,10 @@ from mobilenet_jax.training.result import read_result, write_result
 from mobilenet_jax.training.signals import StopSignals
 from mobilenet_jax.training.start import Start, make_start
 from mobilenet_jax.training.task import Task, open_features, open_images
-from mobilenet_jax.workdir.checkpoint import Checkpoints
+from mobilenet_jax.workdir.checkpoint import Checkpoints, read_state
 from mobilenet_jax.workdir.environment import environment
-from mobilenet_jax.workdir.files import write_json_atomic
+from mobilenet_jax.workdir.files import write_atomic, write_json_atomic
+from mobilenet_jax.workdir.lock import lock_workdir
 from mobilenet_jax.workdir.metrics import MetricsWriter
 
 __all__ = ["NonFiniteError", "RefusedError", "evaluate_run", "prepare", "train_and_evaluate"]
@@ -41,22 +45,24 @@ class Prepared(NamedTuple):
 
 
 @contextlib.contextmanager
-def prepare(config, workdir: str | Path) -> Iterator[Prepared]:
-    """Check a config against data, devices and the checkpoints of a workdir; compile nothing.
+def prepare(config, workdir: str | os.PathLike) -> Iterator[Prepared]:
+    """Lock a workdir, and check a config against data, devices and its checkpoints; compile nothing.
 
     On leaving the context, checkpoints that are being written are waited for, and the data threads end.
 
     Raises:
-      RefusedError: something does not fit, in one sentence.
+      RefusedError: something does not fit, or another run holds the workdir, in one sentence.
     """
     with contextlib.ExitStack() as stack:
         try:
             setup = build(config, workdir)
             images = open_images(setup)
             stack.callback(images.iterator.close)
-            checkpoints = Checkpoints(setup.workdir, keep=setup.config.train.keep_checkpoints)
+            check = stack.enter_context(lock_workdir(setup.workdir))
+            checkpoints = Checkpoints(setup.workdir, keep=setup.config.train.keep_checkpoints, check=check)
             stack.callback(checkpoints.close)
-            start = make_start(setup, checkpoints, images.iterator)
+            restore = functools.partial(checkpoints.restore, iterator=images.iterator, config=setup.flat_config)
+            start = make_start(setup, restore)
         except (ValueError, OSError) as error:
             raise RefusedError(str(error)) from error
         yield Prepared(setup, checkpoints, images, start)
@@ -64,7 +70,7 @@ def prepare(config, workdir: str | Path) -> Iterator[Prepared]:
 
 def train_and_evaluate(
     config,
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     *,
     profile: tuple[int, int] | None = None,
     seconds: Mapping[str, float] | None = None,
@@ -85,6 +91,8 @@ def train_and_evaluate(
       NonFiniteError: a loss or a gradient is not finite; the checkpoints of the steps before it stay.
       UnreadableImageError: an image cannot be decoded, unless data.on_error is "skip".
     """
+    if profile and is_bucket(as_path(workdir)):
+        raise RefusedError(f"--profile writes to a local folder and --workdir is {workdir}; give a local one")
     with prepare(config, workdir) as run:
         setup, checkpoints, images, start = run
         if result := read_result(setup, start.step):
@@ -92,7 +100,7 @@ def train_and_evaluate(
             return result
         if start.step:
             logging.info("continuing %s from step %s", workdir, f"{start.step:,}")
-        describe_workdir(setup)
+        describe_workdir(setup, start.step)
         is_first = jax.process_index() == 0
         progress = Progress(
             setup.plan.total_steps,
@@ -126,23 +134,47 @@ def train_and_evaluate(
         return write_result(setup, end.state, evaluation, log)
 
 
-def describe_workdir(setup: Setup) -> None:
-    """Write config.json and environment.json, from the first process."""
-    if jax.process_index() == 0:
-        write_json_atomic(setup.workdir / "config.json", setup.flat_config)
-        devices = [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()]
-        write_json_atomic(setup.workdir / "environment.json", environment(devices))
+def describe_workdir(setup: Setup, step: int) -> None:
+    """Write config.json and environment.json, from the first process.
+
+    If a run continues with another config at `step`, the config before it stays as config.STEP.json.
+    """
+    if jax.process_index() != 0:
+        return
+    file = setup.workdir / "config.json"
+    if step and file.exists() and _is_other_json(file.read_bytes(), setup.flat_config):
+        before = setup.workdir / f"config.{step}.json"
+        write_atomic(before, file.read_bytes())
+        logging.info("the config has changed; the one before it is in %s", before)
+    write_json_atomic(file, setup.flat_config)
+    devices = [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()]
+    write_json_atomic(setup.workdir / "environment.json", environment(devices))
 
 
-def evaluate_run(config, workdir: str | Path) -> dict:
+def _is_other_json(data: bytes, value: dict) -> bool:
+    try:
+        return json.loads(data) != value
+    except ValueError:  # damaged, and kept too
+        return True
+
+
+def evaluate_run(config, workdir: str | os.PathLike) -> dict:
     """Return {"step": steps done} and exact metrics of the newest checkpoint: "eval/top1" ..., averaged "eval_ema/...".
 
+    This writes nothing, so a run may train in the workdir at the same time.
+
     Raises:
-      RefusedError: the config, the data or the checkpoints do not fit.
+      RefusedError: the config, the data or the checkpoint does not fit.
       FileNotFoundError: the workdir has no checkpoint, and config.init names no weights.
       UnreadableImageError: an image cannot be decoded.
     """
-    with prepare(config, workdir) as (setup, _, images, start):
-        if start.step == 0 and not setup.config.init:
-            raise FileNotFoundError(f"{workdir} has no checkpoint to evaluate; train first, or set config.init")
-        return {"step": start.step, **make_evaluator(images, setup.mesh)(start.state).metrics}
+    try:
+        setup = build(config, workdir)
+        images = open_images(setup)
+        with contextlib.closing(images.iterator):
+            start = make_start(setup, functools.partial(read_state, setup.workdir, config=setup.flat_config))
+    except (ValueError, OSError) as error:
+        raise RefusedError(str(error)) from error
+    if start.step == 0 and not setup.config.init:
+        raise FileNotFoundError(f"{workdir} has no checkpoint to evaluate; train first, or set config.init")
+    return {"step": start.step, **make_evaluator(images, setup.mesh)(start.state).metrics}

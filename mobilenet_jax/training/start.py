@@ -2,9 +2,10 @@
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import grain
 import jax
 
 from mobilenet_jax.models.init import init_variables
@@ -12,7 +13,7 @@ from mobilenet_jax.training.build import Setup
 from mobilenet_jax.training.config import warn_of_other_preprocessing
 from mobilenet_jax.training.sharding import replicate
 from mobilenet_jax.training.steps import TrainState, create_state
-from mobilenet_jax.workdir.checkpoint import Checkpoints, merge_variables
+from mobilenet_jax.workdir.checkpoint import merge_variables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,10 @@ class Start:
     seconds: float  # that it took to make the state
 
 
-def make_start(setup: Setup, checkpoints: Checkpoints, iterator: grain.DatasetIterator) -> Start:
-    """Return the state of the newest checkpoint, with `iterator` moved to its position; else an initial state.
+def make_start(setup: Setup, restore: Callable[[Any], tuple[TrainState, dict] | None]) -> Start:
+    """Return the state that `restore` finds, otherwise an initial state.
+
+    `restore` takes the structure of the state and returns (state, meta), or None if there is no checkpoint.
 
     Raises:
       ValueError, OSError: a checkpoint or weights that do not fit the config, in one sentence.
@@ -35,7 +38,7 @@ def make_start(setup: Setup, checkpoints: Checkpoints, iterator: grain.DatasetIt
     began = time.perf_counter()
     variables = init_variables(setup.model, seed=setup.config.seed)
     create = functools.partial(create_state, optimizer=setup.optimizer, ema=setup.config.ema.decay > 0)
-    restored = checkpoints.restore(jax.eval_shape(create, variables), iterator, config=setup.flat_config)
+    restored = restore(jax.eval_shape(create, variables))
     if restored is None and setup.config.init:
         variables = fill_from_weights(setup, variables)
     state, meta = restored or (jax.jit(create)(variables), {"train": {}, "skipped": 0})

@@ -49,7 +49,7 @@ class Published(NamedTuple):
     digest: str = ""
 
 
-def is_remote(text: str | Path) -> bool:
+def is_remote(text: str | os.PathLike) -> bool:
     """Return True for a name that `fetch` takes, False for a path."""
     return str(text).startswith("hf:") or _NAME.fullmatch(str(text)) is not None
 

@@ -1,20 +1,25 @@
 """Weights of any kind -> (model, variables, card): files of torchvision, timm and Keras, our own files, our runs."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
+from etils import epath
 from flax import traverse_util
 from safetensors import safe_open
 
 from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.network import MobileNet, create_model
 from mobilenet_jax.models.spec import Spec
+from mobilenet_jax.paths import as_path, is_bucket
 from mobilenet_jax.weights import WeightsError
 from mobilenet_jax.weights.card import Preprocessing, check_card, hash_file, make_card, read_imagenet_classes
 from mobilenet_jax.weights.fetch import fetch, is_remote
@@ -37,7 +42,7 @@ Tensors = Mapping[str, np.ndarray]
 
 
 def load_weights(
-    path_or_name: str | Path,
+    path_or_name: str | os.PathLike,
     name: str | None = None,
     *,
     lowering: str = "auto",
@@ -49,8 +54,9 @@ def load_weights(
     Variables are float32 NumPy arrays; the card is JSON (see `card.py`).
 
     Args:
-      path_or_name: a file (.pth, .safetensors, .h5, .weights.h5, .keras), the workdir or a checkpoint of a run, or
-        a name to download: `torchvision/mobilenet_v2`, `keras/MobileNetV2_035`, `hf:timm/mobilenetv2_100.ra_in1k`.
+      path_or_name: a file (.pth, .safetensors, .h5, .weights.h5, .keras), the workdir or a checkpoint of a run, each
+        also in a bucket (gs://..., s3://...), or a name to download: `torchvision/mobilenet_v2`,
+        `keras/MobileNetV2_035`, `hf:timm/mobilenetv2_100.ra_in1k`.
       name: the model in a file of another framework, as `timm/tf_mobilenetv3_large_100`. It is needed if several models
         have the same tensors. Keras' models are taken to be built for a known input size.
       lowering: see `create_model`.
@@ -62,9 +68,10 @@ def load_weights(
       FileNotFoundError: there is no such file, workdir or name.
     """
     options: dict[str, Any] = {"lowering": lowering, "dtype": dtype}
-    path, preprocessing = Path(path_or_name), None
+    path, preprocessing = as_path(path_or_name), None
     if is_remote(path_or_name) and not path.exists():
-        path, name, preprocessing = fetch(str(path_or_name), offline=offline)
+        fetched, name, preprocessing = fetch(str(path_or_name), offline=offline)
+        path = epath.Path(fetched)
     if path.is_dir():
         return _load_run(path, options)
     if not path.is_file():
@@ -72,6 +79,28 @@ def load_weights(
             f"there are no weights {path_or_name}; valid: a file, the workdir of a run, or a name as "
             "torchvision/mobilenet_v2, keras/MobileNetV2, hf:timm/mobilenetv2_100.ra_in1k"
         )
+    with _localise(path) as file:
+        return _load_file(file, name, preprocessing, options)
+
+
+@contextlib.contextmanager
+def _localise(path: epath.Path) -> Iterator[Path]:
+    """Give a local path of a file; a file in a bucket is copied to a temporary folder, as its readers need a disk."""
+    if not is_bucket(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / path.name
+        size = path.stat().length
+        if size > _BYTES_LIMIT:
+            raise WeightsError(f"{path} has {size:,} bytes; no MobileNet has more than {_BYTES_LIMIT:,}")
+        local.write_bytes(path.read_bytes())
+        yield local
+
+
+def _load_file(
+    path: Path, name: str | None, preprocessing: Preprocessing | None, options: dict[str, Any]
+) -> tuple[MobileNet, dict, dict]:
     tensors, metadata = read_tensors(path)
     if CARD_KEY in metadata:
         spec, card = _read_card(metadata[CARD_KEY], path)
@@ -206,7 +235,7 @@ def _to_float32(name: str, tensor: np.ndarray, path: Path) -> np.ndarray:
     return values
 
 
-def _load_run(path: Path, options: dict[str, Any]) -> tuple[MobileNet, dict, dict]:
+def _load_run(path: epath.Path, options: dict[str, Any]) -> tuple[MobileNet, dict, dict]:
     """Load the newest checkpoint of a workdir, or the one that `path` names; its config gives the card."""
     try:
         variables, meta = load_variables(path)
@@ -234,7 +263,7 @@ def _load_run(path: Path, options: dict[str, Any]) -> tuple[MobileNet, dict, dic
     return model, variables, card
 
 
-def _read_evaluation(workdir: Path, step: int) -> dict:
+def _read_evaluation(workdir: epath.Path, step: int) -> dict:
     """Return the metrics of the run's evaluation at a step; empty if it did not evaluate then."""
     if not (workdir / METRICS_FILE).exists():
         return {}

@@ -3,9 +3,9 @@
 import io
 import json
 import math
+import os
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from flax import traverse_util
@@ -16,6 +16,7 @@ from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import Spec, check_choice
 from mobilenet_jax.models.spec_json import to_json
 from mobilenet_jax.models.zoo import make_spec
+from mobilenet_jax.paths import as_path
 from mobilenet_jax.weights import FORMATS, WeightsError
 from mobilenet_jax.weights.card import check_card
 from mobilenet_jax.weights.load import CARD_KEY
@@ -29,7 +30,7 @@ _TRAINING = ("dropout", "drop_path", "init", "slim_stddev", "bn_decay")
 
 
 def save_weights(
-    path: str | Path,
+    path: str | os.PathLike,
     model: MobileNet,
     variables: Mapping,
     card: dict,
@@ -39,7 +40,8 @@ def save_weights(
     """Write {"params", "batch_stats"} of a model; the file appears whole or not at all.
 
     Args:
-      path: a `.safetensors` file; for the formats torchvision and timm also `.pth`, a state dict as of torch.save.
+      path: a `.safetensors` file, which may lie in a bucket; for the formats torchvision and timm also `.pth`, a
+        state dict as of torch.save.
       model: the network. Its spec is written into the card.
       variables: {"params", "batch_stats"}.
       card: the card of `load_weights` or `make_card`.
@@ -48,7 +50,7 @@ def save_weights(
     Raises:
       WeightsError: the variables or the card do not fit the model, or the framework has no such network.
     """
-    path = Path(path)
+    path = as_path(path)
     check_choice("format", format, FORMATS)
     suffixes = (".safetensors",) if format == "safetensors" else (".safetensors", ".pth")
     if path.suffix not in suffixes:

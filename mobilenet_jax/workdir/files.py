@@ -1,8 +1,45 @@
-"""Files that are never seen half written."""
+"""Files that are never seen half written, on a disk or in a bucket."""
 
+import contextlib
+import errno
 import json
 import os
-from pathlib import Path
+import shutil
+from collections.abc import Iterator
+
+import fsspec
+from etils import epath
+
+from mobilenet_jax.paths import as_path, is_bucket
+
+
+class DiskFullError(OSError):
+    """A file or folder that could not be written, because the disk is full; the message is one sentence."""
+
+    def __init__(self, path: epath.Path, reason: str = "the disk is full or over quota"):
+        free = "" if is_bucket(path) else f"{shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free; "
+        super().__init__(
+            f"{path} could not be written: {reason}; {free}free some space and run the same command, which continues "
+            "from the newest checkpoint"
+        )
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(path: str | os.PathLike) -> Iterator[None]:
+    """Turn an error of the system, of Orbax or of TensorStore that means a full disk into a DiskFullError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DiskFullError) or not _says_disk_is_full(error):
+            raise
+        raise DiskFullError(as_path(path)) from error
+
+
+def _says_disk_is_full(error: BaseException) -> bool:
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    said = any(words in str(error) for words in ("RESOURCE_EXHAUSTED", *map(os.strerror, numbers)))
+    cause = error.__cause__ or error.__context__
+    return said or getattr(error, "errno", None) in numbers or (cause is not None and _says_disk_is_full(cause))
 
 
 def write_json_atomic(path: str | os.PathLike, value) -> None:
@@ -14,12 +51,16 @@ def write_json_atomic(path: str | os.PathLike, value) -> None:
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write bytes, or text as UTF-8. At any moment the file on disk is the old one or the new one, whole."""
-    path = Path(path)
+    """Write bytes, or text as UTF-8. At any moment the file is the old one or the new one, whole."""
+    path = as_path(path)
+    data = content.encode() if isinstance(content, str) else content
+    if is_bucket(path):  # an object appears whole
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        with naming_a_full_disk(path), temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -30,3 +71,13 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
         os.fsync(folder)  # puts the new name on disk
     finally:
         os.close(folder)
+
+
+def move_folder(source: epath.Path, destination: epath.Path) -> None:
+    """Move a folder; in a bucket, its objects are copied and then deleted."""
+    if is_bucket(source):
+        system, path = fsspec.core.url_to_fs(str(source))
+        system.mv(path, fsspec.core.url_to_fs(str(destination))[1], recursive=True)
+    else:
+        destination.parent.mkdir(exist_ok=True)
+        source.rename(destination)

@@ -6,15 +6,18 @@ Nothing here touches a device: values are Python or NumPy numbers.
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import SupportsFloat
 
 import numpy as np
+from absl import logging
+from etils import epath
 from tensorboardX import SummaryWriter
 
-from mobilenet_jax.workdir.files import write_atomic
+from mobilenet_jax.paths import as_path, is_bucket
+from mobilenet_jax.workdir.files import naming_a_full_disk, write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -54,29 +57,36 @@ class MetricsWriter:
     """Writes metrics to WORKDIR/metrics.jsonl and to TensorBoard event files, each step once. A context manager.
 
     A resumed run drops what a killed run wrote after the checkpoint: lines of later steps and an incomplete last line
-    are removed from the file atomically, and TensorBoard purges the events of later steps.
+    are removed from the file atomically, and TensorBoard purges the events of later steps. Lines that a crash of the
+    machine has damaged are moved to metrics.jsonl.damaged, with a warning.
+
+    Objects in a bucket cannot grow. For a workdir in a bucket, both files are kept in a local folder and written whole
+    at each `flush`, which is before each checkpoint.
 
     Args:
       workdir: a folder, created if it is missing.
       start_step: the number of steps completed: 0 in a new run, the checkpoint's step in a resumed one.
       active: if False, every method does nothing. Only the first process is active.
-
-    Raises:
-      ValueError: a line of metrics.jsonl before the last is no metrics line.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, start_step: int, active: bool = True):
         self._active = active
         if not active:
             return
-        path = Path(workdir) / METRICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _parse_lines(path) if line["step"] <= start_step] if path.exists() else []
+        self._workdir = as_path(workdir)
+        self._path = path = self._workdir / METRICS_FILE
+        lines, damaged = _parse_lines(path) if path.exists() else ([], {})
+        if damaged:
+            _set_aside(path, damaged)
+        kept = [line for line in lines if line["step"] <= start_step]
         self._step = kept[-1]["step"] if kept else -1
-        write_atomic(path, "".join(map(_encode, kept)))
-        self._file = path.open("a", encoding="utf-8")
+        self._stage = tempfile.TemporaryDirectory() if is_bucket(path) else None
+        local = epath.Path(self._stage.name) if self._stage else self._workdir
+        local.mkdir(parents=True, exist_ok=True)
+        write_atomic(local / METRICS_FILE, "".join(map(_encode, kept)))
+        self._file = open(local / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
         # Without the suffix, a run that is resumed within a second would overwrite the older file.
-        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, filename_suffix=f".{time.time_ns()}")
+        self._events = SummaryWriter(str(local), purge_step=start_step + 1, filename_suffix=f".{time.time_ns()}")
 
     def write(self, step: int, values: Mapping[str, SupportsFloat | str | None]) -> None:
         """Append one line, {"step": step, **values}, and pass it to the operating system at once.
@@ -94,8 +104,9 @@ class MetricsWriter:
         plain = {
             name: value if isinstance(value, str | None) else np.asarray(value).item() for name, value in values.items()
         }
-        self._file.write(_encode({"step": int(step), **plain}))
-        self._file.flush()  # the buffer holds one whole line, so this is one system call
+        with naming_a_full_disk(self._path):
+            self._file.write(_encode({"step": int(step), **plain}))
+            self._file.flush()  # the buffer holds one whole line, so this is one system call
         self._step = int(step)
         for name, value in plain.items():
             if isinstance(value, int | float):
@@ -104,15 +115,22 @@ class MetricsWriter:
     def flush(self) -> None:
         """Write all lines to disk. Call it before a checkpoint of the same step is saved."""
         if self._active:
-            os.fsync(self._file.fileno())
-            self._events.flush()
+            with naming_a_full_disk(self._path):
+                os.fsync(self._file.fileno())
+                self._events.flush()
+            if self._stage:
+                for file in epath.Path(self._stage.name).iterdir():
+                    write_atomic(self._workdir / file.name, file.read_bytes())
 
     def close(self) -> None:
         """Flush and close both files."""
         if self._active:
-            self.flush()
-            self._file.close()
-            self._events.close()
+            with naming_a_full_disk(self._path):
+                self.flush()
+                self._file.close()
+                self._events.close()
+            if self._stage:
+                self._stage.cleanup()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -128,25 +146,38 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
       FileNotFoundError: there is no such file.
       ValueError: a line before the last is no metrics line.
     """
-    path = Path(workdir) / METRICS_FILE
+    path = as_path(workdir) / METRICS_FILE
     if not path.exists():
         raise FileNotFoundError(f"{workdir} has no {METRICS_FILE}: it is not the workdir of a run")
-    return _parse_lines(path)
+    lines, damaged = _parse_lines(path)
+    for number, line in damaged.items():
+        raise ValueError(f"{path}, line {number}: not the metrics of a step: {line[:80]!r}")
+    return lines
 
 
-def _parse_lines(path: Path) -> list[dict]:
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    parsed = []
+def _parse_lines(path: epath.Path) -> tuple[list[dict], dict[int, str]]:
+    """Return the metrics, and {number: line} of the damaged lines. A last line that was cut off is in neither."""
+    *lines, last = path.read_bytes().decode(errors="replace").split("\n")
+    if "\0" in last:  # blocks that the file system had promised and never wrote
+        lines.append(last)
+    parsed, damaged = [], {}
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
             _ = values["step"] + 0
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):  # incomplete, or empty after the last line break
-                break
-            raise ValueError(f"{path}, line {number}: not the metrics of a step: {line[:80]!r}") from error
-        parsed.append(values)
-    return parsed
+        except (ValueError, TypeError, KeyError):
+            damaged[number] = line
+        else:
+            parsed.append(values)
+    return parsed, damaged
+
+
+def _set_aside(path: epath.Path, damaged: Mapping[int, str]) -> None:
+    aside = path.with_name(f"{path.name}.damaged")
+    before = aside.read_text() if aside.exists() else ""
+    write_atomic(aside, before + "".join(f"{line}\n" for line in damaged.values()))
+    numbers = ", ".join(map(str, damaged))
+    logging.warning("%s is damaged; the run goes on without line %s, which is now in %s", path, numbers, aside)
 
 
 def _encode(values: Mapping) -> str:

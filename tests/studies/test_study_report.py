@@ -75,6 +75,22 @@ def test_intervals_contain_the_true_mean_19_times_in_20():
     assert np.mean([abs(s.mean - 5) <= s.half for s in summaries]) == pytest.approx(0.95, abs=0.012)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("metrics.jsonl", '{"step": 1}\n\0\0\0\n{"step": 2}\n'), ("result.json", '{"step": 2, "to'), ("result.json", "")],
+)
+def test_a_run_with_a_damaged_file_is_left_out_and_named(study, workdir, caplog, file, content):
+    (RunKey(1, "shallow").folder(workdir) / file).write_text(content)
+    table = write_report(study, workdir)
+    assert table is not None
+    assert "Left out, because their files are damaged: shallow seed 1." in table
+    assert f"shallow/seed_1/{file}" in caplog.text
+    line = next(line for line in table.splitlines() if line.startswith("| shallow"))
+    assert line.split(" | ")[3:5] == ["2", "88.50"]
+    row = next(row for row in read_rows(study, workdir) if (row["variant"], row["seed"]) == ("shallow", 1))
+    assert (row["status"], row["top1"], row["commit"]) == ("damaged", None, None)
+
+
 def test_pairing_removes_the_effect_of_the_seed():
     base = {0: 90.0, 1: 80.0, 2: 70.0}
     difference = compare({0: 91.0, 1: 81.5, 2: 71.0, 7: 0.0}, base)  # seed 7 has no partner

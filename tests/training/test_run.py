@@ -16,7 +16,9 @@ from runs import STEPS, assert_same_run, make_config, read_result, send_at
 from benchmarks import kill_resume
 from mobilenet_jax.data.loader import TrainIterator, make_train_iterator
 from mobilenet_jax.training import loop
+from mobilenet_jax.training.build import build
 from mobilenet_jax.training.config import flatten_config
+from mobilenet_jax.training.result import read_result as read_saved_result
 from mobilenet_jax.training.run import NonFiniteError, evaluate_run, prepare, train_and_evaluate
 from mobilenet_jax.training.signals import StopSignals
 from mobilenet_jax.workdir.checkpoint import read_checkpoint
@@ -117,6 +119,14 @@ def test_finished_run_gives_its_result_and_trains_nothing(finished, monkeypatch)
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert train_and_evaluate(make_config(), finished) == read_result(finished)
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("content", ['{"step": 12, "top', "", "[]", "\0\0\0"])
+def test_a_torn_result_counts_as_missing(tmp_path, caplog, content):
+    setup = build(make_config(), tmp_path)
+    (tmp_path / "result.json").write_text(content)
+    assert read_saved_result(setup, STEPS) is None
+    assert "result.json is damaged" in caplog.text
 
 
 def test_evaluation_of_a_finished_run_gives_its_numbers_again(finished):

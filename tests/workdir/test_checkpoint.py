@@ -1,7 +1,9 @@
 import dataclasses
+import errno
 import logging
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
+from jax.experimental import multihost_utils
 
 from configs import base
 from mobilenet_jax.data.loader import TrainIterator, make_train_iterator
 from mobilenet_jax.training.config import flatten_config
 from mobilenet_jax.training.steps import TrainState, create_state
+from mobilenet_jax.workdir import checkpoint, reading
 from mobilenet_jax.workdir.checkpoint import (
     CheckpointMismatchError,
     Checkpoints,
@@ -22,6 +28,7 @@ from mobilenet_jax.workdir.checkpoint import (
     load_variables,
     merge_variables,
     read_checkpoint,
+    read_state,
 )
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
@@ -291,6 +298,144 @@ def test_read_checkpoint_names_every_leaf(tmp_path, iterator):
     assert leaves["step"] == 7
     assert meta["shapes"].keys() == leaves.keys()
     assert len(leaves) == len(jax.tree.leaves(state))
+
+
+def test_evaluation_may_have_another_number_of_processes_than_the_run(tmp_path, iterator):
+    save(tmp_path, make_state(3), iterator, processes=8)
+    found = read_state(epath.Path(tmp_path), make_state(0), config=flat_config(processes=1))
+    assert found is not None
+    assert_same_bits(found[0], make_state(3))
+    with pytest.raises(CheckpointMismatchError, match="seed was 0 and is 1"):
+        read_state(epath.Path(tmp_path), make_state(0), config=flat_config(seed=1))
+    assert read_state(epath.Path(tmp_path / "empty"), make_state(0), config=flat_config()) is None
+
+
+def test_a_checkpoint_that_the_run_deletes_while_it_is_read_is_no_damage(tmp_path, iterator, monkeypatch):
+    save(tmp_path, make_state(1), iterator)
+    save(tmp_path, make_state(2), iterator)
+    folder = tmp_path / "checkpoints"
+    (folder / "2").rename(tmp_path / "later")
+
+    def read_leaves(where, meta):
+        if where.name == "1":
+            shutil.rmtree(where)
+            (tmp_path / "later").rename(folder / "2")
+        return reading.read_leaves(where, meta)
+
+    monkeypatch.setattr(checkpoint, "read_leaves", read_leaves)
+    found = read_state(epath.Path(tmp_path), make_state(0), config=flat_config())
+    assert found is not None
+    assert_same_bits(found[0], make_state(2))
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        OSError(errno.ESTALE, "Stale file handle"),
+        OSError(errno.EMFILE, "Too many open files"),
+        MemoryError(),
+        ValueError("RESOURCE_EXHAUSTED: Error reading local file [OS error 24: Too many open files]"),
+    ],
+)
+@pytest.mark.parametrize("lasts", [False, True])
+def test_a_read_that_fails_is_repeated_and_nothing_is_moved(tmp_path, iterator, monkeypatch, caplog, problem, lasts):
+    for step in (1, 2):
+        save(tmp_path, make_state(step), iterator)
+    original, calls = ocp.StandardCheckpointHandler.restore, []
+
+    def fail(self, *arguments, **options):
+        calls.append(1)
+        if lasts or len(calls) < 3:
+            raise problem
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", fail)
+    monkeypatch.setattr(reading, "PAUSES", (0.0, 0.0, 0.0))
+    if lasts:
+        with pytest.raises(OSError, match=r"checkpoints/2 could not be read in 4 attempts: .*; nothing was") as error:
+            restore(tmp_path, iterator)
+        assert "\n" not in str(error.value)
+    else:
+        assert_same_bits(restore(tmp_path, iterator)[0], make_state(2))
+        assert "checkpoints/2 could not be read (" in caplog.text
+    assert list_steps(tmp_path) == [1, 2]
+    assert not (tmp_path / "damaged_checkpoints").exists()
+
+
+@pytest.mark.parametrize(("theirs", "step"), [(0, 2), (1, 1), (2, None)])
+def test_hosts_decide_together_what_is_damaged(tmp_path, iterator, monkeypatch, theirs, step):
+    """Another host reports `theirs` of checkpoint 2: 0 for intact, 1 for damaged, 2 for a read that failed."""
+    for number in (1, 2):
+        save(tmp_path, make_state(number), iterator)
+    answers = iter([theirs, 0])
+
+    def gather(mine):
+        other = mine if np.ndim(mine) else np.int32(next(answers))
+        return np.stack([mine, other])
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda name: None)
+    if step is None:
+        with pytest.raises(OSError, match="checkpoints/2 could not be read on another host"):
+            restore(tmp_path, iterator)
+    else:
+        assert int(restore(tmp_path, iterator)[0].step) == step
+    assert (tmp_path / "damaged_checkpoints" / "2").exists() == (theirs == 1)
+
+
+def test_hosts_that_see_different_checkpoints_are_refused(tmp_path, iterator, monkeypatch):
+    save(tmp_path, make_state(1), iterator)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([mine, np.zeros_like(mine)]))
+    with pytest.raises(OSError, match=r"the hosts see different checkpoints in .*; valid: a workdir that all share"):
+        restore(tmp_path, iterator)
+
+
+def test_changes_of_unprotected_keys_are_named(tmp_path, iterator, caplog):
+    before: dict[str, Any] = {"optim.lr_per_256": 0.1}
+    save(tmp_path, make_state(1), iterator, **before)
+    with caplog.at_level(logging.INFO, logger="absl"):
+        restore(tmp_path, iterator, config={"optim.lr_per_256": 0.2, "data.crop": "pad"})
+    said = [record.message for record in caplog.records if " was " in record.message]
+    assert "optim.lr_per_256 was 0.1 and is 0.2 since the checkpoint of step 1" in said
+    assert len(said) == 2
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_sentence(tmp_path, iterator, monkeypatch):
+    save(tmp_path, make_state(1), iterator)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: Namespace(free=100))
+        said = (
+            r"checkpoints/2 could not be written: its 0.0 MB do not fit; 0.0 MB are free; free some space and run the"
+        )
+        with pytest.raises(OSError, match=said) as error:
+            save(tmp_path, make_state(2), iterator)
+        assert "\n" not in str(error.value)
+    assert list_steps(tmp_path) == [1]
+    save(tmp_path, make_state(2), iterator)
+    assert int(restore(tmp_path, iterator)[0].step) == 2
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Error opening zarr:\nFailed to write 289 bytes to file 9"),
+    ],
+)
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_one_sentence(tmp_path, iterator, monkeypatch, problem):
+    save(tmp_path, make_state(1), iterator)
+
+    def fail(self, *arguments, **options):
+        raise problem
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", fail)
+        said = r"checkpoints could not be written: the disk is full or over quota; [\d,.]+ MB are free; free some space"
+        with pytest.raises(OSError, match=said) as error:
+            save(tmp_path, make_state(2), iterator)
+        assert "\n" not in str(error.value)
+    save(tmp_path, make_state(2), iterator)
+    assert int(restore(tmp_path, iterator)[0].step) == 2
 
 
 @pytest.mark.parametrize("ema", [True, False])

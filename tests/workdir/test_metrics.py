@@ -1,3 +1,4 @@
+import errno
 import importlib
 import json
 import math
@@ -121,6 +122,17 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with MetricsWriter(tmp_path, start_step=0) as writer, monkeypatch.context() as patch:
+        writer.write(1, {"train/loss": 1.0})
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match=r"metrics\.jsonl could not be written: the disk is full .* MB are free"):
+            writer.flush()
+
+
 def test_a_step_cannot_be_written_twice(tmp_path):
     _write(tmp_path, [1, 2, 3], 0)
     with (
@@ -137,12 +149,31 @@ def test_last_line_that_is_being_written_is_not_read(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', '{"step": "1"}', ""])
-def test_damage_in_the_middle_is_an_error(tmp_path, line):
+@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', '{"step": "1"}', "", "\0\0\0"])
+def test_damage_in_the_middle_is_an_error_to_a_reader(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-    for read in (read_metrics, lambda workdir: MetricsWriter(workdir, start_step=1)):
-        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-            read(tmp_path)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tail", "kept"),
+    [
+        ('{\n{"step": 3}\n', [1, 3]),
+        ("\0" * 100, [1]),
+        ('\0\0\0\n{"step": 2}\n', [1, 2]),
+        ('{"step": 2}\n\xff\n', [1, 2]),
+    ],
+)
+def test_a_run_sets_damaged_lines_aside_and_goes_on(tmp_path, caplog, tail, kept):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + tail)
+    (tmp_path / "metrics.jsonl.damaged").write_text("of an older crash\n")
+    _write(tmp_path, [5], 4)
+    assert "metrics.jsonl is damaged; the run goes on without line" in caplog.text
+    assert [line["step"] for line in read_metrics(tmp_path)] == [*kept, 5]
+    aside = (tmp_path / "metrics.jsonl.damaged").read_text().splitlines()
+    assert aside[0] == "of an older crash"
+    assert aside[1:] == [line for line in tail.splitlines() if not line.startswith('{"step"')]
 
 
 def test_folder_without_metrics_is_an_error(tmp_path):
