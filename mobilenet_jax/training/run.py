@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 from absl import logging
 
+from mobilenet_jax.training.agree import check_agreement, describe_facts
 from mobilenet_jax.training.build import Setup, build
 from mobilenet_jax.training.evaluate import make_evaluator
 from mobilenet_jax.training.finite import NonFiniteError
@@ -54,9 +55,11 @@ def prepare(config, workdir: str | Path) -> Iterator[Prepared]:
             setup = build(config, workdir)
             images = open_images(setup)
             stack.callback(images.iterator.close)
+            check_agreement(describe_facts(setup))
             checkpoints = Checkpoints(setup.workdir, keep=setup.config.train.keep_checkpoints)
             stack.callback(checkpoints.close)
             start = make_start(setup, checkpoints, images.iterator)
+            check_agreement({"the step to continue from": start.step})
         except (ValueError, OSError) as error:
             raise RefusedError(str(error)) from error
         yield Prepared(setup, checkpoints, images, start)
