@@ -58,7 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.num_classes = 1000  # for fake: the number of classes
     data.image_size = 32  # pixels, height and width, of training and evaluation
     data.batch_size = 64  # images per step, over all devices and hosts
-    data.eval_batch_size = 256  # images per evaluation step, over all devices and hosts
+    data.eval_batch_size = 256  # images per evaluation step, rounded up to a multiple of all devices
     data.on_error = "stop"  # stop | skip, when training meets an unreadable image; evaluation always stops
     data.holdout = 0.0  # share of the training images held out; if above 0, evaluation uses these images
     data.workers = 0  # number of Grain worker processes; 0: threads of this process

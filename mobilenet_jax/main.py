@@ -104,21 +104,25 @@ def run(flags: argparse.Namespace, overrides: list[str]) -> int:
     show_own_messages()
     configure_jax(flags)
     from mobilenet_jax.data.decode import UnreadableImageError
+    from mobilenet_jax.training.failures import FailureWatch
     from mobilenet_jax.training.run import NonFiniteError, RefusedError, evaluate_run
 
     workdir = flags.workdir or f"runs/{config.name}"
     if not (flags.workdir or flags.weights):
         print(f"workdir: {workdir}", file=sys.stderr)
+    failures = (NonFiniteError, UnreadableImageError, OSError)
+    codes = {RefusedError: 2, UsageError: 2, **dict.fromkeys(failures, 1), KeyboardInterrupt: 130}
     try:
-        if flags.weights:
-            text = evaluate_weights(flags, config, workdir, overrides)
-        elif flags.mode == "eval":
-            text = json.dumps(evaluate_run(config, workdir))
-        else:
-            text = train(flags, config, workdir)
+        with FailureWatch(codes):
+            if flags.weights:
+                text = evaluate_weights(flags, config, workdir, overrides)
+            elif flags.mode == "eval":
+                text = json.dumps(evaluate_run(config, workdir))
+            else:
+                text = train(flags, config, workdir)
     except RefusedError as error:
         raise UsageError(str(error)) from error
-    except (NonFiniteError, UnreadableImageError, OSError) as error:
+    except failures as error:
         print(error, file=sys.stderr)
         return 1
     if text:

@@ -27,6 +27,7 @@ from mobilenet_jax.training.config import flatten_config
 from mobilenet_jax.training.plan import make_plan
 from mobilenet_jax.training.result import count_trained
 from mobilenet_jax.training.run import train_and_evaluate
+from mobilenet_jax.training.validate import check_config
 from mobilenet_jax.weights.card import IMAGENET, make_card
 from mobilenet_jax.weights.save import save_weights
 
@@ -66,6 +67,19 @@ def test_unknown_variant_is_refused():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_bare_path_is_digits(recipe):
     assert importlib.import_module(f"configs.{recipe}").get_config().data.source == "digits"
+
+
+@pytest.mark.parametrize("devices", [1, 8, 32, 256])
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_runs_on_every_number_of_devices_that_share_its_training_batch(recipe, dataset, devices):
+    config = get_config(recipe, dataset)
+    if config.data.batch_size % devices:
+        assert dataset != "imagenet"
+        with pytest.raises(ValueError, match=rf"^data\.batch_size .* with {devices} devices"):
+            check_config(config, device_count=devices, process_count=1)
+    else:
+        check_config(config, device_count=devices, process_count=max(1, devices // 8))
 
 
 @pytest.mark.parametrize("phases", transfer.PHASES)

@@ -284,7 +284,13 @@ class EvalBatches:
 
 
 def make_eval_batches(
-    data_config, *, process_index: int, process_count: int, split: str | None = None, features: Source | None = None
+    data_config,
+    *,
+    process_index: int,
+    process_count: int,
+    device_count: int = 1,
+    split: str | None = None,
+    features: Source | None = None,
 ) -> tuple[EvalBatches, int]:
     """Make batches with every image of a split exactly once over all processes, in the order of the source.
 
@@ -292,19 +298,21 @@ def make_eval_batches(
       data_config: config.data of configs/base.py.
       process_index: the number of this process's block in each global batch.
       process_count: the number of blocks in a global batch.
+      device_count: the number of devices over all processes, which share each batch equally.
       split: train, test or holdout; by default holdout if data.holdout > 0, otherwise test.
       features: arrays in memory, one for each image, that replace the images and are not transformed.
 
     Returns:
       (batches, the number of images in the split over all processes). A batch is {"images": uint8[b, S, S, 3],
-      "labels": int32[b], "mask": bool[b]} with b = eval_batch_size / process_count, and zeros where mask is False.
+      "labels": int32[b], "mask": bool[b]}, with zeros where mask is False. Here b * process_count is
+      eval_batch_size, rounded up to a multiple of the devices and of the processes.
       Every process has the same number of batches. Iterating raises UnreadableImageError at an unreadable image, also
       with data.on_error = "skip".
 
     Raises:
       ValueError, FileNotFoundError: a source that `open_source` refuses.
     """
-    local_size = data_config.eval_batch_size // process_count
+    size = _round_up(data_config.eval_batch_size, math.lcm(device_count, process_count))
     source = features or open_source(data_config, split or eval_split(data_config))
     workers = 0 if features else data_config.workers
     # Only the split of evaluation is read more than once.
@@ -313,14 +321,18 @@ def make_eval_batches(
     blank = np.zeros((data_config.image_size, data_config.image_size, 3), np.uint8)
     load = _LoadEvalBatch(
         reader,
-        local_size=local_size,
+        local_size=size // process_count,
         process_index=process_index,
         process_count=process_count,
         blank=np.zeros_like(features[0].image) if features else blank,
     )
-    batches = grain.MapDataset.range(math.ceil(len(source) / data_config.eval_batch_size)).map(load)
+    batches = grain.MapDataset.range(math.ceil(len(source) / size)).map(load)
     threads = _count_threads(source, workers=workers)
     return EvalBatches(batches, workers=workers, threads=threads), len(source)
+
+
+def _round_up(value: int, factor: int) -> int:
+    return -(-value // factor) * factor
 
 
 def _prefetch(batches: grain.MapDataset, *, workers: int, threads: int) -> grain.IterDataset:

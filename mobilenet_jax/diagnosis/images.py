@@ -63,6 +63,6 @@ def open_evaluation_set(path: str, overrides: list[str], card: dict, *, batch_si
     data = config.data
     if not any(override.startswith("--config.data.eval_batch_size=") for override in overrides):
         data.eval_batch_size = batch_size
-    check_data(data, device_count=1, process_count=1)
+    check_data(data)
     batches, count = make_eval_batches(data, process_index=0, process_count=1)
     return Images(batches, count, f"the evaluation set of {path}", data.image_size, data.mean, data.std)

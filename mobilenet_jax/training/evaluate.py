@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.training.sharding import make_mesh, put_batch, replicate, shard_eval_step
 from mobilenet_jax.training.steps import TrainState, eval_step
-from mobilenet_jax.training.task import Task
+from mobilenet_jax.training.task import Task, get_process
 from mobilenet_jax.training.validate import check_data
 
 
@@ -107,15 +107,14 @@ def evaluate_weights(weights: tuple[MobileNet, dict, dict], data_config) -> dict
     """
     model, variables, card = weights
     mesh = make_mesh()
-    check_data(data_config, device_count=mesh.size, process_count=jax.process_count())
+    check_data(data_config)
     source = open_source(data_config, eval_split(data_config))
     order = match_classes(card["class_names"], model.spec.num_classes, source.class_names, data=source.name)
     compute_cost(model.spec, data_config.image_size)  # raises ValueError if the image is too small
     params = {**variables["params"]}
     params["classifier"] = {name: leaf[..., order] for name, leaf in params["classifier"].items()}
     step = functools.partial(eval_step, model=model, mean=data_config.mean, std=data_config.std)
-    processes: dict[str, Any] = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches, count = make_eval_batches(data_config, **processes)
+    batches, count = make_eval_batches(data_config, **get_process(), device_count=mesh.size)
     placed = replicate({**variables, "params": params}, mesh)
     metrics, classes, _ = evaluate(shard_eval_step(step, mesh), placed, batches, count=count, mesh=mesh)
     shares = [right / images if images else None for images, right in classes.T.tolist()]

@@ -11,6 +11,7 @@ import jax
 from absl import logging
 
 from mobilenet_jax.paths import as_path, is_bucket
+from mobilenet_jax.training.agree import check_agreement, describe_facts
 from mobilenet_jax.training.build import Setup, build
 from mobilenet_jax.training.evaluate import make_evaluator
 from mobilenet_jax.training.finite import NonFiniteError
@@ -58,11 +59,13 @@ def prepare(config, workdir: str | os.PathLike) -> Iterator[Prepared]:
             setup = build(config, workdir)
             images = open_images(setup)
             stack.callback(images.iterator.close)
+            check_agreement(describe_facts(setup))
             check = stack.enter_context(lock_workdir(setup.workdir))
             checkpoints = Checkpoints(setup.workdir, keep=setup.config.train.keep_checkpoints, check=check)
             stack.callback(checkpoints.close)
             restore = functools.partial(checkpoints.restore, iterator=images.iterator, config=setup.flat_config)
             start = make_start(setup, restore)
+            check_agreement({"the step to continue from": start.step})
         except (ValueError, OSError) as error:
             raise RefusedError(str(error)) from error
         yield Prepared(setup, checkpoints, images, start)

@@ -40,7 +40,7 @@ def get_process() -> dict[str, Any]:
 def open_images(setup: Setup) -> Task:
     """Return the task of training the whole network on images. Nothing is read before the first batch."""
     config = setup.config
-    batches, count = make_eval_batches(config.data, **get_process())
+    batches, count = make_eval_batches(config.data, **get_process(), device_count=setup.mesh.size)
     return Task(
         network=setup.model,
         mean=config.data.mean,
@@ -57,11 +57,12 @@ def open_features(setup: Setup, images: Task, state: TrainState) -> Task:
     The stream continues at the position of `images`, whose iterator is closed.
     """
     start, data, names = time.perf_counter(), setup.config.data, setup.info.class_names
+    place = {**get_process(), "device_count": setup.mesh.size}
     step = make_feature_step(setup.model, setup.mesh, mean=images.mean, std=images.std)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
 
     def compute(split: str) -> Features:
-        batches, _ = make_eval_batches(data, **get_process(), split=split)
+        batches, _ = make_eval_batches(data, **place, split=split)
         vectors, labels = compute_features(step, variables, batches, mesh=setup.mesh)
         return Features(vectors, labels, name=split, class_names=names)
 
@@ -70,7 +71,7 @@ def open_features(setup: Setup, images: Task, state: TrainState) -> Task:
     images.iterator.close()
     iterator = make_train_iterator(data, seed=setup.config.seed, **get_process(), features=train)
     iterator.set_state(position)
-    batches, count = make_eval_batches(data, **get_process(), features=test)
+    batches, count = make_eval_batches(data, **place, features=test)
     return Task(
         network=LinearProbe(setup.model.spec),
         mean=(0.0,),

@@ -144,25 +144,33 @@ def check_config(config, *, device_count: int, process_count: int) -> None:
             f"optim.freeze_epochs is {epochs}, optim.freeze {tuple(optim.freeze)}; valid: 0 or more for the patterns "
             "of optim.freeze, or none"
         )
-    check_data(config.data, device_count=device_count, process_count=process_count)
+    if train.freeze_stats and train.recompute_stats_epochs:
+        raise ValueError(
+            f"train.recompute_stats_epochs is {train.recompute_stats_epochs}, train.freeze_stats True; valid: 0 (off), "
+            "because it would replace the statistics that are frozen"
+        )
+    check_data(config.data)
+    if config.data.batch_size % process_count:
+        raise ValueError(
+            f"data.batch_size is {config.data.batch_size}; valid: a multiple of the {process_count} processes"
+        )
     check_divides("data.batch_size / train.accumulate", config.data.batch_size / train.accumulate, device_count)
     if train.cache_features:
         check_caches_features(config)
 
 
-def check_data(data_config, *, device_count: int, process_count: int) -> None:
+def check_data(data_config) -> None:
     """Check the data section by itself. Raises ValueError for the first value that is impossible, in one sentence."""
     check_rules(data_config, "data")
     if data_config.crop == "pad" and data_config.pad >= data_config.image_size:
         raise ValueError(f"data.pad is {data_config.pad}; valid: less than data.image_size, {data_config.image_size}")
-    for key in ("batch_size", "eval_batch_size"):
-        if data_config[key] % process_count:
-            raise ValueError(f"data.{key} is {data_config[key]}; valid: a multiple of the {process_count} processes")
-    check_divides("data.eval_batch_size", data_config.eval_batch_size, device_count)
 
 
 def check_divides(key: str, size: float, device_count: int) -> None:
-    """Raise ValueError unless a batch of `size` images can be shared equally by the devices."""
+    """Raise ValueError unless the devices can share a training batch of `size` images equally.
+
+    Evaluation has no such rule: the loader rounds its batches up and masks what is too much.
+    """
     if size % device_count:
         raise ValueError(f"{key} is {size}; with {device_count} devices it must be a multiple of {device_count}")
 

@@ -32,9 +32,14 @@ def environment(devices: Sequence[str]) -> dict:
         "cpu": _find_cpu(),
         "cpu_count": os.cpu_count(),
         "devices": list(devices),
-        "packages": {name: _find_version(name) for name in _PACKAGES},
+        "packages": find_versions(_PACKAGES),
         "commit": _find_commit(),
     }
+
+
+def find_versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """Return {package: its installed version, or None if it is not installed}."""
+    return {name: _find_version(name) for name in packages}
 
 
 def _find_version(package: str) -> str | None:

@@ -405,6 +405,23 @@ def test_trap_22_every_image_is_evaluated_once(folder, batch_size, process_count
     assert steps == {-(-50 // batch_size)}
 
 
+@pytest.mark.parametrize(("batch_size", "process_count", "device_count"), [(1, 1, 8), (50, 4, 32), (33, 1, 1)])
+def test_evaluation_batches_are_rounded_up_to_the_devices(folder, batch_size, process_count, device_count):
+    config = data_config(eval_batch_size=batch_size, **folder)
+    seen = []
+    for index in range(process_count):
+        batches, count = loader.make_eval_batches(
+            config, process_index=index, process_count=process_count, device_count=device_count
+        )
+        held = list(batches)
+        size = len(held[0]["labels"]) * process_count
+        assert size % device_count == 0
+        assert batch_size <= size < batch_size + device_count
+        seen += numbers(held, mask=True)
+    assert count == len(seen)
+    assert sorted(seen) == list(range(50))
+
+
 def test_evaluation_can_be_repeated_and_given_up(folder):
     batches, _ = loader.make_eval_batches(data_config(eval_batch_size=8, **folder), process_index=0, process_count=1)
     first = list(batches)

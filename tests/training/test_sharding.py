@@ -1,11 +1,7 @@
 import dataclasses
 import functools
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,12 +13,13 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import Mesh
+from processes import OVERRIDES, SPEC, finish, make_tiny_spec, start
 
 from configs import v2
 from mobilenet_jax.models import zoo
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import MobileNet
-from mobilenet_jax.models.spec import Conv, InvertedResidual, Spec
+from mobilenet_jax.models.spec import Spec
 from mobilenet_jax.training import build
 from mobilenet_jax.training import run as train
 from mobilenet_jax.training.sharding import (
@@ -38,17 +35,6 @@ from mobilenet_jax.training.steps import StepOptions, TrainState, create_state, 
 from mobilenet_jax.workdir.metrics import read_metrics
 
 CLASSES, SIZE, BATCH_SIZE, DECAY = 5, 16, 48, 0.8
-SPEC = Spec(
-    name="tiny",
-    stem=Conv(filters=8, stride=2),
-    blocks=(InvertedResidual(expanded=16, filters=8),),
-    head=None,
-    num_classes=CLASSES,
-    padding="same",
-    bn_epsilon=1e-3,
-    bn_decay=DECAY,
-    dropout=0.0,
-)
 MEAN, STD = (120.0, 130.0, 140.0), (60.0, 50.0, 40.0)
 RNG = np.random.default_rng(0)
 # Images grow brighter along the batch, so that the devices' shares differ.
@@ -225,64 +211,6 @@ def test_batch_is_split_in_order_and_state_is_everywhere():
 
 
 # Whole runs: the tiny network under a name of its own, trained on digits by the command line.
-
-ROOT = Path(__file__).resolve().parents[2]
-OVERRIDES = {
-    "model.name": "tiny",
-    "data.image_size": 16,
-    "data.batch_size": 32,
-    "train.log_every_steps": 1,
-    "train.eval_every_epochs": 0.0,
-    "train.save_every_epochs": 0.0,
-    # Nothing that depends on the length of the run.
-    "optim.schedule": "constant",
-    "optim.warmup_epochs": 0.0,
-    "optim.lr_per_256": 1.0,
-}
-MAIN = """
-import sys
-from test_sharding import make_tiny_spec
-from mobilenet_jax.main import main
-from mobilenet_jax.models import zoo
-zoo.MODELS["tiny"] = make_tiny_spec
-sys.exit(main())
-"""
-
-
-def make_tiny_spec(*, width: float, convention: str) -> Spec:
-    del width, convention
-    return SPEC
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def start(workdir: Path, *, steps: int, processes: int) -> list[subprocess.Popen]:
-    """The command line on `processes` processes of 2 CPU devices each."""
-    overrides = [f"--config.{key}={value}" for key, value in {**OVERRIDES, "train.steps": steps}.items()]
-    command = [sys.executable, "-c", MAIN, "--config", str(ROOT / "configs" / "v2.py"), *overrides]
-    command += ["--workdir", str(workdir), "--compilation_cache", str(workdir.parent / "cache")]
-    if processes > 1:
-        command += ["--coordinator_address", f"127.0.0.1:{free_port()}", "--num_processes", str(processes)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "training")])
-    env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
-    ids = [["--process_id", str(i)] if processes > 1 else [] for i in range(processes)]
-    return [subprocess.Popen(command + arguments, **pipes) for arguments in ids]
-
-
-def finish(running: list[subprocess.Popen], *, code: int = 0) -> list[str]:
-    """What each process said on stderr; all end with the exit code."""
-    try:
-        said = [process.communicate(timeout=300)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [code] * len(running), "\n".join(said)
-    return said
 
 
 def without_times(workdir: Path) -> list[dict]:

@@ -45,6 +45,10 @@ def test_each_rule_is_of_a_key_and_accepts_its_default():
             {"optim__freeze_epochs": 2.0},
             r"optim\.freeze_epochs is 2\.0, optim\.freeze \(\); valid: 0 or more for the patterns",
         ),
+        (
+            {"train__freeze_stats": True, "train__recompute_stats_epochs": 0.5},
+            r"train\.recompute_stats_epochs is 0\.5, train\.freeze_stats True; valid: 0 \(off\)",
+        ),
         ({"optim__freeze_epochs": -1.0, "optim__freeze": ("^stem/",)}, r"optim\.freeze_epochs is -1\.0"),
         ({"train__label_smoothing": 1.0}, r"train\.label_smoothing is 1\.0"),
         ({"train__epochs": float("nan")}, r"train\.epochs is nan"),
