@@ -12,7 +12,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from mobilenet_jax.data.sources import DataInfo, describe
+from mobilenet_jax.data.sources import DataInfo, Splits, open_splits
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.network import MobileNet, create_model
@@ -35,6 +35,7 @@ class Setup:
     config: Any  # with every key that the card of weights fills
     flat_config: dict[str, Any]  # the config as config.json and checkpoints hold it
     mesh: Mesh
+    splits: Splits
     info: DataInfo
     model: MobileNet
     plan: Plan
@@ -56,7 +57,8 @@ def build(config, workdir: str | Path) -> Setup:
     config = follow_card(config, lambda: load_init()[2])
     mesh = make_mesh()
     check_config(config, device_count=mesh.size, process_count=jax.process_count())
-    info = describe(config.data)
+    splits = open_splits(config.data)
+    info = splits.describe()
     model = build_model(config, info)
     plan = make_plan(config, info.train_count)
     if not config.train.freeze_stats and not plan.stats_batches:
@@ -72,6 +74,7 @@ def build(config, workdir: str | Path) -> Setup:
         config=config,
         flat_config={**flatten_config(config), **derived},
         mesh=mesh,
+        splits=splits,
         info=info,
         model=model,
         plan=plan,
