@@ -71,10 +71,13 @@ def train(flags: argparse.Namespace, config, workdir: str) -> str | None:
 
 
 def evaluate_weights(flags: argparse.Namespace, config, workdir: str, overrides: list[str]) -> str:
-    """Evaluate --weights on the data of the config, write evaluation.json; return the metrics as JSON.
+    """Evaluate --weights on the data of the config; return the metrics as JSON.
 
+    The first process also writes them to evaluation.json.
     Images are prepared as the card of the weights says, except for overrides.
     """
+    import jax
+
     from mobilenet_jax.data.decode import UnreadableImageError
     from mobilenet_jax.paths import as_path
     from mobilenet_jax.training import evaluate
@@ -86,13 +89,15 @@ def evaluate_weights(flags: argparse.Namespace, config, workdir: str, overrides:
         weights = load_weights(flags.weights, flags.name, offline=flags.offline)
         apply_preprocessing(config, weights[2], overrides)
         result = evaluate.evaluate_weights(weights, config.data)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, result)
+        if is_first := jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(path, result)
     except UnreadableImageError:
         raise
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
-    print(f"written to {path}", file=sys.stderr)
+    if is_first:
+        print(f"written to {path}", file=sys.stderr)
     return json.dumps(result)
 
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 from etils import epath
 
@@ -254,6 +255,16 @@ def test_trap_24_weights_are_evaluated_as_their_card_says(capsys, tmp_path, monk
     assert {"loss", "top1", "top5", "ece"} < result.keys()
     data = seen[0]
     assert (data.image_size, data.interpolation, data.mean, data.std) == (40, "nearest", (1, 2, 3), (127.5,) * 3)
+
+
+def test_only_the_first_process_writes_the_evaluation(capsys, tmp_path, monkeypatch, weights):
+    monkeypatch.setattr(evaluate, "evaluate_weights", lambda *_: {"top1": 0.5})
+    command = [CONFIG, "--mode=eval", f"--weights={weights}", f"--workdir={tmp_path}"]
+    for process, written in ((1, False), (0, True)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert main(command) == 0
+        assert json.loads(capsys.readouterr().out) == {"top1": 0.5}
+        assert (tmp_path / "evaluation.json").exists() == written
 
 
 @pytest.mark.parametrize(

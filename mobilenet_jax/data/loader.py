@@ -201,7 +201,13 @@ class TrainIterator(grain.DatasetIterator[Batch]):
 
 
 def make_train_iterator(
-    data_config, *, seed: int, process_index: int, process_count: int, features: Source | None = None
+    data_config,
+    *,
+    seed: int,
+    process_index: int,
+    process_count: int,
+    source: Source | None = None,
+    features: Source | None = None,
 ) -> TrainIterator:
     """Make an endless iterator of training batches: every image once an epoch, in an order drawn for the epoch.
 
@@ -210,6 +216,7 @@ def make_train_iterator(
       seed: an integer of at least 0, for order and augmentation.
       process_index: the number of this process's block in each global batch.
       process_count: the number of blocks in a global batch. It does not change the global batch.
+      source: the training images, if they are open; otherwise they are opened here.
       features: arrays in memory, one for each image, that replace the images and are not transformed.
 
     Returns:
@@ -222,7 +229,7 @@ def make_train_iterator(
     """
     local_size = data_config.batch_size // process_count
     transform = _Identity() if features else make_train_transform(data_config)
-    source = features or open_source(data_config, "train")
+    source = features or source or open_source(data_config, "train")
     workers = 0 if features else data_config.workers
     if transform.crop == "inception" and not isinstance(source[0].image, np.ndarray) and not can_crop():
         logging.warning(
@@ -290,6 +297,7 @@ def make_eval_batches(
     process_count: int,
     device_count: int = 1,
     split: str | None = None,
+    source: Source | None = None,
     features: Source | None = None,
 ) -> tuple[EvalBatches, int]:
     """Make batches with every image of a split exactly once over all processes, in the order of the source.
@@ -300,6 +308,7 @@ def make_eval_batches(
       process_count: the number of blocks in a global batch.
       device_count: the number of devices over all processes, which share each batch equally.
       split: train, test or holdout; by default holdout if data.holdout > 0, otherwise test.
+      source: the images of the split, if they are open; otherwise they are opened here.
       features: arrays in memory, one for each image, that replace the images and are not transformed.
 
     Returns:
@@ -313,7 +322,7 @@ def make_eval_batches(
       ValueError, FileNotFoundError: a source that `open_source` refuses.
     """
     size = _round_up(data_config.eval_batch_size, math.lcm(device_count, process_count))
-    source = features or open_source(data_config, split or eval_split(data_config))
+    source = features or source or open_source(data_config, split or eval_split(data_config))
     workers = 0 if features else data_config.workers
     # Only the split of evaluation is read more than once.
     keep = workers == 0 and not features and split is None

@@ -69,16 +69,44 @@ def open_source(data_config, split: str) -> Source:
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; valid: {', '.join(SPLITS)}")
+    source = _open(data_config, "test" if split == "test" else "train")
+    return source if split == "test" else _part(source, split, data_config.holdout)
+
+
+def _open(data_config, split: str) -> Source:
     kind, _, argument = data_config.source.partition(":")
     if kind not in SOURCES:
         raise ValueError(f"data.source is {data_config.source!r}; valid: digits, tfds:NAME, folder, fake:N")
-    source = SOURCES[kind](data_config, argument, "test" if split == "test" else "train")
-    return source if split == "test" else _part(source, split, data_config.holdout)
+    return SOURCES[kind](data_config, argument, split)
 
 
 def eval_split(data_config) -> str:
     """Return the split of evaluation: holdout if data.holdout is above 0, otherwise test."""
     return "holdout" if data_config.holdout > 0 else "test"
+
+
+class Splits(NamedTuple):
+    """The open splits of a run. It opens them once, because listing a large folder takes minutes."""
+
+    train: Source
+    evaluation: Source
+
+    def describe(self) -> DataInfo:
+        """Return classes and counts, without reading images."""
+        train, evaluation = self
+        return DataInfo(len(train.class_names), train.class_names, len(train), len(evaluation))
+
+
+def open_splits(data_config) -> Splits:
+    """Open the splits of training and evaluation of config.data.
+
+    Raises:
+      ValueError, FileNotFoundError: as `open_source` raises them.
+    """
+    share, whole = data_config.holdout, _open(data_config, "train")
+    train = _part(whole, "train", share)
+    evaluation = _part(whole, "holdout", share) if share > 0 else _open(data_config, "test")
+    return Splits(train, evaluation)
 
 
 def describe(data_config) -> DataInfo:
@@ -87,9 +115,7 @@ def describe(data_config) -> DataInfo:
     Raises:
       ValueError, FileNotFoundError: as `open_source` raises them.
     """
-    train = open_source(data_config, "train")
-    evaluation = open_source(data_config, eval_split(data_config))
-    return DataInfo(len(train.class_names), train.class_names, len(train), len(evaluation))
+    return open_splits(data_config).describe()
 
 
 class _Part:
@@ -212,22 +238,21 @@ class _Folder:
 
 def _list_split(root: Folder, split: str) -> dict[str, list[Folder]]:
     """List the files of root/train, or of root/test or root/val; both folders must have the same classes."""
-    train = _list_classes(root / "train")
     test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if test_root is None:
         if split == "train":
-            return train
+            return _list_classes(root / "train")
         raise ValueError(
             f"data.path is {str(root)!r}, which has train/ but neither test/ nor val/; valid: one of them, or "
             "data.holdout above 0"
         )
-    test = _list_classes(test_root)
-    if odd := sorted(train.keys() ^ test.keys()):
+    names, test_names = ({folder.name for folder in _subfolders(part)} for part in (root / "train", test_root))
+    if odd := sorted(names ^ test_names):
         raise ValueError(
             f"data.path is {str(root)!r}, where only one of train/ and {test_root.name}/ has {', '.join(odd)}; valid: "
             "the same class folders in both"
         )
-    return train if split == "train" else test
+    return _list_classes(root / "train" if split == "train" else test_root)
 
 
 def _list_classes(root: Folder) -> dict[str, list[Folder]]:

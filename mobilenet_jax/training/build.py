@@ -13,7 +13,7 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from mobilenet_jax.data.sources import DataInfo, describe
+from mobilenet_jax.data.sources import DataInfo, Splits, open_splits
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.network import MobileNet, create_model
@@ -37,6 +37,7 @@ class Setup:
     config: Any  # with every key that the card of weights fills
     flat_config: dict[str, Any]  # the config as config.json and checkpoints hold it
     mesh: Mesh
+    splits: Splits
     info: DataInfo
     model: MobileNet
     plan: Plan
@@ -58,7 +59,8 @@ def build(config, workdir: str | os.PathLike) -> Setup:
     config = follow_card(config, lambda: load_init()[2])
     mesh = make_mesh()
     check_config(config, device_count=mesh.size, process_count=jax.process_count())
-    info = describe(config.data)
+    splits = open_splits(config.data)
+    info = splits.describe()
     model = build_model(config, info)
     plan = make_plan(config, info.train_count)
     if not config.train.freeze_stats and not plan.stats_batches:
@@ -74,6 +76,7 @@ def build(config, workdir: str | os.PathLike) -> Setup:
         config=config,
         flat_config={**flatten_config(config), **derived},
         mesh=mesh,
+        splits=splits,
         info=info,
         model=model,
         plan=plan,

@@ -55,9 +55,8 @@ def evaluate_all(
 
 
 def _add(totals: dict[str, dict[str, np.ndarray]], pending: dict[str, dict[str, jax.Array]]) -> None:
-    for name, sums in pending.items():
-        for key, value in sums.items():
-            array = np.asarray(value)
+    for name, sums in jax.device_get(pending).items():
+        for key, array in sums.items():
             added = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
             totals[name][key] = totals[name].get(key, 0) + added
 
@@ -114,7 +113,7 @@ def evaluate_weights(weights: tuple[MobileNet, dict, dict], data_config) -> dict
     params = {**variables["params"]}
     params["classifier"] = {name: leaf[..., order] for name, leaf in params["classifier"].items()}
     step = functools.partial(eval_step, model=model, mean=data_config.mean, std=data_config.std)
-    batches, count = make_eval_batches(data_config, **get_process(), device_count=mesh.size)
+    batches, count = make_eval_batches(data_config, **get_process(), device_count=mesh.size, source=source)
     placed = replicate({**variables, "params": params}, mesh)
     metrics, classes, _ = evaluate(shard_eval_step(step, mesh), placed, batches, count=count, mesh=mesh)
     shares = [right / images if images else None for images, right in classes.T.tolist()]

@@ -27,8 +27,8 @@ class Log:
         self._writer, self._progress = writer, progress
         self._means = Mean()
         self._means.restore(start.means)
-        self.skipped = start.skipped  # unreadable images passed over since the start of the run
-        self._pending: tuple[int, Sums, int] | None = None
+        self.skipped = start.skipped  # unreadable images that all processes skipped since the start of the run
+        self._pending: tuple[int, Sums, int | jax.Array] | None = None
         self._waited, self._line_start = 0.0, time.perf_counter()
 
     @contextlib.contextmanager
@@ -47,7 +47,7 @@ class Log:
         waited, self._waited, self._line_start = self._waited, 0.0, time.perf_counter()
         return waited
 
-    def add(self, step: int, sums: Sums, skipped: int) -> None:
+    def add(self, step: int, sums: Sums, skipped: int | jax.Array) -> None:
         """Take the sums of a step that may still run; read those of the step before it and write its line if due."""
         previous = self._pending
         self.read()
@@ -59,12 +59,12 @@ class Log:
         """Wait for the step added last and count it. Raises NonFiniteError if its loss or gradient is not finite."""
         if self._pending is None:
             return
-        (step, running, skipped), self._pending = self._pending, None
-        sums: Any = jax.device_get(running)
+        (step, *running), self._pending = self._pending, None
+        sums, skipped = jax.device_get(running)
         if what := find_non_finite({name: sums[name][0] for name in ("loss", "grad_norm")}):
             raise NonFiniteError(what, step, self.learning_rate(step))
         self._means.update(sums)
-        self.skipped += skipped
+        self.skipped += int(skipped)
         self._progress.update(step, {name: sums[name][0] / sums[name][1] for name in ("loss", "top1")})
 
     def write(self, step: int, evaluation: dict[str, float] | None = None) -> None:

@@ -14,7 +14,7 @@ from mobilenet_jax.training.dead_filters import count_dead_filters
 from mobilenet_jax.training.evaluate import StateEvaluation, make_evaluator
 from mobilenet_jax.training.log import Log
 from mobilenet_jax.training.profile import Profiler
-from mobilenet_jax.training.sharding import AXIS, make_key, put_batch, shard_train_step
+from mobilenet_jax.training.sharding import AXIS, make_key, put_batch, shard_train_step, sum_rows
 from mobilenet_jax.training.signals import StopSignals
 from mobilenet_jax.training.start import Start
 from mobilenet_jax.training.steps import StepOptions, Sums, TrainState, train_step
@@ -61,7 +61,7 @@ def train(
         with profiler.step(step, state):
             state, sums = step_fn(state, batch, key)
         log.add(step, {**sums, **diagnose(setup, step, state)}, skipped)
-        stops = signals.should_stop(may_ask=plan.is_due(step, plan.log_every))
+        stops = signals.should_stop()
         evaluates, saves = plan.is_due(step, plan.eval_every), plan.is_due(step, plan.save_every) or stops
         if evaluates or saves:
             log.read()
@@ -79,11 +79,11 @@ def train(
     return End(state, evaluation, stops)
 
 
-def next_batch(setup: Setup, task: Task, log: Log) -> tuple[dict[str, jax.Array], int]:
-    """Return the next batch on the devices, and the number of unreadable images that were passed over for it."""
+def next_batch(setup: Setup, task: Task, log: Log) -> tuple[dict[str, jax.Array], int | jax.Array]:
+    """Return the next batch on the devices, and the number of images that all processes skipped for it."""
     with log.waiting():
         batch = next(task.iterator)
-    skipped = int(batch.pop("skipped").sum())
+    skipped = sum_rows(batch.pop("skipped"), setup.mesh)
     return put_batch(batch, setup.mesh), skipped
 
 

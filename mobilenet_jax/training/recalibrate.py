@@ -38,16 +38,25 @@ def measure_stats(
     `step` is a function from `make_stats_step`; the batches are of equal size. The variance adds the variance within
     the batches and the variance of their means. Sums are float64.
     """
-    totals: list[Any] = [None] * len(kinds)
+    totals: Any = None
+    pending: Any = None
     count = 0
     for batch in batches:
+        # As in evaluation, the statistics of a batch are read when the next one is on its way.
         placed = put_batch(batch, mesh)
-        for i, variables in enumerate(kinds):
-            moments = _map_norms(_to_moments, jax.tree.map(np.float64, step(variables, placed)))
-            totals[i] = moments if totals[i] is None else jax.tree.map(np.add, totals[i], moments)
-        count += 1
-    means = jax.tree.map(lambda total: total / count, totals)
+        running = [step(variables, placed) for variables in kinds]
+        totals = _add(totals, pending)
+        pending, count = running, count + 1
+    means = jax.tree.map(lambda total: total / count, _add(totals, pending))
     return [jax.tree.map(jnp.float32, _map_norms(_to_stats, mean)) for mean in means]
+
+
+def _add(totals: Any, pending: Any) -> Any:
+    """Return the float64 sums of moments with those of a batch, which is fetched at once; None stands for nothing."""
+    if pending is None:
+        return totals
+    moments = _map_norms(_to_moments, jax.tree.map(np.float64, jax.device_get(pending)))
+    return moments if totals is None else jax.tree.map(np.add, totals, moments)
 
 
 def _to_moments(norm: dict) -> dict:

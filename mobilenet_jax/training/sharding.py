@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -38,9 +39,21 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
+def sum_rows(rows: np.ndarray, mesh: Mesh) -> int | jax.Array:
+    """Return the sum over the rows that all processes have: of several processes, a sum that may still be computed."""
+    if jax.process_count() == 1:
+        return int(rows.sum())
+    return jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(put_batch({"": rows}, mesh)[""])
+
+
 def replicate(tree, mesh: Mesh):
-    """Return the tree with its values on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Return the tree with its values on every device. All processes must have the same values."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    # `device_put` would compare every leaf with the other processes, one collective operation each.
+    place = jax.make_array_from_process_local_data
+    return jax.tree.map(lambda leaf: place(sharding, np.asarray(leaf), np.shape(leaf)), tree)
 
 
 def make_key(seed: int, mesh: Mesh) -> jax.Array:

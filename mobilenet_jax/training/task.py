@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from mobilenet_jax.data.loader import EvalBatches, TrainIterator, make_eval_batches, make_train_iterator
-from mobilenet_jax.data.sources import eval_split
+from mobilenet_jax.data.sources import Source, eval_split
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.training.build import Setup
 from mobilenet_jax.training.linear_probe import Features, LinearProbe, compute_features, make_feature_step
@@ -40,12 +40,14 @@ def get_process() -> dict[str, Any]:
 def open_images(setup: Setup) -> Task:
     """Return the task of training the whole network on images. Nothing is read before the first batch."""
     config = setup.config
-    batches, count = make_eval_batches(config.data, **get_process(), device_count=setup.mesh.size)
+    batches, count = make_eval_batches(
+        config.data, **get_process(), device_count=setup.mesh.size, source=setup.splits.evaluation
+    )
     return Task(
         network=setup.model,
         mean=config.data.mean,
         std=config.data.std,
-        iterator=make_train_iterator(config.data, seed=config.seed, **get_process()),
+        iterator=make_train_iterator(config.data, seed=config.seed, **get_process(), source=setup.splits.train),
         eval_batches=batches,
         eval_count=count,
     )
@@ -61,12 +63,12 @@ def open_features(setup: Setup, images: Task, state: TrainState) -> Task:
     step = make_feature_step(setup.model, setup.mesh, mean=images.mean, std=images.std)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
 
-    def compute(split: str) -> Features:
-        batches, _ = make_eval_batches(data, **place, split=split)
+    def compute(split: str, source: Source) -> Features:
+        batches, _ = make_eval_batches(data, **place, split=split, source=source)
         vectors, labels = compute_features(step, variables, batches, mesh=setup.mesh)
         return Features(vectors, labels, name=split, class_names=names)
 
-    train, test = compute("train"), compute(eval_split(data))
+    train, test = compute("train", setup.splits.train), compute(eval_split(data), setup.splits.evaluation)
     position = images.iterator.get_state()
     images.iterator.close()
     iterator = make_train_iterator(data, seed=setup.config.seed, **get_process(), features=train)

@@ -144,11 +144,6 @@ def check_config(config, *, device_count: int, process_count: int) -> None:
             f"optim.freeze_epochs is {epochs}, optim.freeze {tuple(optim.freeze)}; valid: 0 or more for the patterns "
             "of optim.freeze, or none"
         )
-    if train.freeze_stats and train.recompute_stats_epochs:
-        raise ValueError(
-            f"train.recompute_stats_epochs is {train.recompute_stats_epochs}, train.freeze_stats True; valid: 0 (off), "
-            "because it would replace the statistics that are frozen"
-        )
     check_data(config.data)
     if config.data.batch_size % process_count:
         raise ValueError(
@@ -157,6 +152,11 @@ def check_config(config, *, device_count: int, process_count: int) -> None:
     check_divides("data.batch_size / train.accumulate", config.data.batch_size / train.accumulate, device_count)
     if train.cache_features:
         check_caches_features(config)
+    if train.freeze_stats and train.recompute_stats_epochs:
+        raise ValueError(
+            f"train.recompute_stats_epochs is {train.recompute_stats_epochs}, train.freeze_stats True; valid: 0 (off), "
+            "because it would replace the statistics that are frozen"
+        )
 
 
 def check_data(data_config) -> None:

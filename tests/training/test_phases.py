@@ -11,6 +11,7 @@ import pytest
 from runs import STEPS, assert_same_run, make_config, read_result, send_at
 
 from mobilenet_jax.data.loader import make_train_iterator
+from mobilenet_jax.data.sources import describe
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.training import build
 from mobilenet_jax.training.run import evaluate_run, train_and_evaluate
@@ -55,7 +56,7 @@ def stop_after(monkeypatch, workdir: Path, step: int, config) -> dict[str, np.nd
 
 def test_all_but_the_classifier_stay_to_the_bit_and_then_all_move(phases, tmp_path, monkeypatch):
     config = make_config(**PHASES)
-    fresh = init_variables(build.build_model(config, build.describe(config.data)), seed=0)
+    fresh = init_variables(build.build_model(config, describe(config.data)), seed=0)
     start = {
         f"{part}.{jax.tree_util.keystr(path, simple=True, separator='.')}": leaf
         for part in ("params", "batch_stats")

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from runs import make_config, send_at
 
+from mobilenet_jax.data import sources
 from mobilenet_jax.data.decode import UnreadableImageError
-from mobilenet_jax.training.run import train_and_evaluate
+from mobilenet_jax.training.run import prepare, train_and_evaluate
 from mobilenet_jax.workdir.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -68,3 +69,15 @@ def test_evaluation_never_skips(folder, tmp_path):
     config = make_folder_config(folder, data__on_error="skip", train__steps=1)
     with pytest.raises(UnreadableImageError, match=r"test/b/1\.png cannot be decoded"):
         train_and_evaluate(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("holdout", "listed"), [(0.0, ["train", "test"]), (0.25, ["train"])])
+def test_a_folder_is_listed_once(folder, tmp_path, monkeypatch, holdout, listed):
+    """A listing of ImageNet takes minutes on network storage."""
+    seen = []
+    original = sources._list_classes
+    monkeypatch.setattr(sources, "_list_classes", lambda root: seen.append(root.name) or original(root))
+    with prepare(make_folder_config(folder, data__holdout=holdout, data__on_error="skip"), tmp_path / "run") as run:
+        next(run.images.iterator)
+        assert run.images.eval_count == (5 if holdout else 4)
+    assert seen == listed
