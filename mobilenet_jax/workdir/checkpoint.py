@@ -256,6 +256,10 @@ def _check_same_steps(directory: epath.Path, steps: Sequence[int]) -> None:
 
 def _find_directory(workdir: epath.Path) -> epath.Path:
     directory = workdir / "checkpoints"
+    if str(directory).startswith("s3://"):  # Orbax makes a local folder s3:/ of it
+        raise ValueError(
+            f"{workdir} cannot hold checkpoints, because Orbax writes none to S3; valid: a disk, or gs://..."
+        )
     return directory if is_bucket(directory) else directory.absolute()
 
 

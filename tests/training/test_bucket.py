@@ -23,6 +23,7 @@ from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
 from mobilenet_jax.workdir import lock
 from mobilenet_jax.workdir.metrics import read_metrics
+from mobilenet_jax.workdir.reading import list_steps
 
 NEEDED = ("gcsfs", "google.cloud.storage", "gcp_storage_emulator")
 
@@ -130,7 +131,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket):
     with prepare(make_config(), workdir) as run:
         assert run.start.step == 8
     assert (workdir / "damaged_checkpoints" / "12" / "meta" / "metadata").exists()
-    assert not (workdir / "checkpoints" / "12").exists()
+    assert list_steps(workdir / "checkpoints") == [8]
 
 
 def test_of_two_runs_one_creates_the_lease(bucket):
