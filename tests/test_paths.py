@@ -9,7 +9,7 @@ from etils import epath
 
 from configs.ablations import shallow_vs_narrow
 from mobilenet_jax.inference.images import list_images
-from mobilenet_jax.paths import as_path, is_bucket
+from mobilenet_jax.paths import as_path, check_reachable, is_bucket
 from mobilenet_jax.studies.study import Study, find_workdir
 from mobilenet_jax.workdir.checkpoint import Checkpoints
 
@@ -54,6 +54,16 @@ def test_checkpoints_in_s3_are_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"s3://b/x cannot hold checkpoints, .*; valid: a disk, or gs://"):
         Checkpoints("s3://b/x", keep=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_that_cannot_be_reached_is_one_sentence(monkeypatch):
+    def fail(path):
+        raise RuntimeError("401, Anonymous caller\nmore lines")
+
+    path = epath.Path("gs://b/x")
+    monkeypatch.setattr(type(path), "exists", fail)
+    with pytest.raises(OSError, match=r"^gs://b/x cannot be reached: 401, Anonymous caller$"):
+        check_reachable(path)
 
 
 def test_images_in_a_bucket_are_refused():
