@@ -11,7 +11,6 @@ from configs.ablations import shallow_vs_narrow
 from mobilenet_jax.inference.images import list_images
 from mobilenet_jax.paths import as_path, check_reachable, is_bucket
 from mobilenet_jax.studies.study import Study, find_workdir
-from mobilenet_jax.workdir.checkpoint import Checkpoints
 
 
 @pytest.fixture
@@ -46,14 +45,6 @@ def test_without_the_extra_a_sentence_says_what_to_install(nothing_installed, ur
 def test_other_urls_are_refused(path):
     with pytest.raises(ValueError, match=r"is not a path; valid: a local path, gs://BUCKET/FOLDER or s3://"):
         as_path(path)
-
-
-def test_checkpoints_in_s3_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"s3://b/x cannot hold checkpoints, .*; valid: a disk, or gs://"):
-        Checkpoints("s3://b/x", keep=1)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_bucket_that_cannot_be_reached_is_one_sentence(monkeypatch):
