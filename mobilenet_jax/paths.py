@@ -30,3 +30,14 @@ def as_path(path: str | os.PathLike) -> epath.Path:
 def is_bucket(path: epath.Path) -> bool:
     """Return whether a path lies in a bucket."""
     return "://" in str(path)
+
+
+def check_reachable(path: epath.Path) -> None:
+    """Raise OSError, in one sentence, if the bucket of a path does not answer. A local path is not checked."""
+    if not is_bucket(path):
+        return
+    try:
+        path.exists()
+    except Exception as error:  # each client raises its own kinds for credentials, rights and connections
+        said = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise OSError(f"{path} cannot be reached: {said}") from error

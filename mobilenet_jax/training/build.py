@@ -18,7 +18,7 @@ from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.network import MobileNet, create_model
 from mobilenet_jax.models.spec import Spec
-from mobilenet_jax.paths import as_path
+from mobilenet_jax.paths import as_path, check_reachable
 from mobilenet_jax.training.config import flatten_config, follow_card
 from mobilenet_jax.training.optim import find_frozen, make_optimizer, make_schedule
 from mobilenet_jax.training.plan import Plan, make_plan, warn_of_slow_statistics
@@ -55,6 +55,8 @@ def build(config, workdir: str | os.PathLike) -> Setup:
       ValueError, OSError: a config or a data set that does not fit, in one sentence.
     """
     start = time.perf_counter()
+    folder = as_path(workdir)
+    check_reachable(folder)
     load_init = functools.cache(functools.partial(load_weights, config.init, config.init_name or None))
     config = follow_card(config, lambda: load_init()[2])
     mesh = make_mesh()
@@ -72,7 +74,7 @@ def build(config, workdir: str | os.PathLike) -> Setup:
         "processes": jax.process_count(),
     }
     return Setup(
-        workdir=as_path(workdir),
+        workdir=folder,
         config=config,
         flat_config={**flatten_config(config), **derived},
         mesh=mesh,

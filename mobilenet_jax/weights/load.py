@@ -19,7 +19,7 @@ from safetensors import safe_open
 from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.network import MobileNet, create_model
 from mobilenet_jax.models.spec import Spec
-from mobilenet_jax.paths import as_path, is_bucket
+from mobilenet_jax.paths import as_path, check_reachable, is_bucket
 from mobilenet_jax.weights import WeightsError
 from mobilenet_jax.weights.card import Preprocessing, check_card, hash_file, make_card, read_imagenet_classes
 from mobilenet_jax.weights.fetch import fetch, is_remote
@@ -69,6 +69,7 @@ def load_weights(
     """
     options: dict[str, Any] = {"lowering": lowering, "dtype": dtype}
     path, preprocessing = as_path(path_or_name), None
+    check_reachable(path)
     if is_remote(path_or_name) and not path.exists():
         fetched, name, preprocessing = fetch(str(path_or_name), offline=offline)
         path = epath.Path(fetched)

@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from mobilenet_jax.workdir.reading import (
     read_leaves,
     read_meta,
 )
+from mobilenet_jax.workdir.s3 import is_s3, upload
 
 # A run cannot be resumed with another value of these keys, because the state or the data would not fit. A name that
 # ends in a dot stands for a whole section.
@@ -63,7 +65,14 @@ class Checkpoints:
         written. Each save calls `check` first, which raises if the lock is lost.
         """
         self._check = check
-        self._directory = _find_directory(as_path(workdir))
+        self._home = self._directory = _find_directory(as_path(workdir))
+        self._stage = tempfile.TemporaryDirectory() if is_s3(self._home) else None
+        if self._stage:
+            if jax.process_count() > 1:
+                raise ValueError(
+                    f"{workdir} lies in S3, which takes checkpoints of one process; valid: gs://..., a disk"
+                )
+            self._directory = epath.Path(self._stage.name) / "checkpoints"
         self._keep = keep
         self._manager = self._open()
 
@@ -82,7 +91,7 @@ class Checkpoints:
         the values that the host has accumulated.
         """
         self._check()
-        if step in self._manager.all_steps():
+        if step in self._list_steps():
             return
         leaves = _name_leaves(jax.tree.map(np.array, state))
         self._check_space(step, sum(leaf.nbytes for leaf in leaves.values()))
@@ -98,6 +107,12 @@ class Checkpoints:
         )
         with naming_a_full_disk(self._directory):
             self._manager.save(step, args=args)
+            if self._stage:
+                self._manager.wait_until_finished()
+                upload(self._directory / str(step), self._home / str(step), keep=self._keep)
+
+    def _list_steps(self) -> Sequence[int]:
+        return list_steps(self._home) if self._stage else self._manager.all_steps()
 
     def _check_space(self, step: int, size: int) -> None:
         """Raise DiskFullError if `size` bytes do not fit, before Orbax writes a half and prints pages of tracebacks."""
@@ -117,11 +132,11 @@ class Checkpoints:
           CheckpointReadError: a checkpoint could not be read on this or another host; all stay where they are.
           ValueError: all checkpoints are damaged; they stay where they are.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        _check_same_steps(self._directory, steps)
+        steps = sorted(self._list_steps(), reverse=True)
+        _check_same_steps(self._home, steps)
         damaged: dict[int, str] = {}
         for step in steps:
-            found = _read_together(self._directory / str(step), state, config)
+            found = _read_together(self._home / str(step), state, config)
             if isinstance(found, str):
                 damaged[step] = found
                 continue
@@ -133,16 +148,16 @@ class Checkpoints:
             return found
         if damaged:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
-            raise ValueError(f"no checkpoint in {self._directory} can be read ({reasons}); give another --workdir")
+            raise ValueError(f"no checkpoint in {self._home} can be read ({reasons}); give another --workdir")
         return None
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
-        aside = self._directory.parent / "damaged_checkpoints"
+        aside = self._home.parent / "damaged_checkpoints"
         self._manager.close()
         for step, reason in damaged.items():
             logging.warning("checkpoint %d is damaged (%s); moved to %s, using the one before it", step, reason, aside)
             if jax.process_index() == 0:
-                move_folder(self._directory / str(step), _free_name(aside / str(step)))
+                move_folder(self._home / str(step), _free_name(aside / str(step)))
         multihost_utils.sync_global_devices("damaged checkpoints are aside")
         self._manager = self._open()
 
@@ -156,6 +171,8 @@ class Checkpoints:
         """Wait for saves and stop the threads."""
         with naming_a_full_disk(self._directory):
             self._manager.close()
+        if self._stage:
+            self._stage.cleanup()
 
 
 def check_same_run(saved: dict, config: dict, where: epath.Path) -> None:
@@ -198,7 +215,7 @@ def read_state(workdir: epath.Path, state: Any, *, config: dict) -> tuple[Any, d
         try:
             return _read_state(where, state, config, free=("processes",))
         except DamagedError:
-            if where.exists():
+            if step in list_steps(directory):
                 raise
             # The run has deleted this checkpoint in the meantime, because it has written newer ones.
     return None

@@ -76,8 +76,11 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
 def move_folder(source: epath.Path, destination: epath.Path) -> None:
     """Move a folder; in a bucket, its objects are copied and then deleted."""
     if is_bucket(source):
-        system, path = fsspec.core.url_to_fs(str(source))
-        system.mv(path, fsspec.core.url_to_fs(str(destination))[1], recursive=True)
+        (system, old), (_, new) = (fsspec.core.url_to_fs(str(path)) for path in (source, destination))
+        files = system.find(old)
+        for file in files:
+            system.cp_file(file, new + file.removeprefix(old))
+        system.rm(files)
     else:
         destination.parent.mkdir(exist_ok=True)
         source.rename(destination)

@@ -12,6 +12,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from mobilenet_jax.workdir.s3 import is_s3, list_finished, on_disk
+
 # Seconds to wait before a read that failed is repeated.
 PAUSES = (0.5, 2.0, 8.0)
 # TensorStore raises ValueError for most failures. These words of its messages say that the store failed, not the data.
@@ -64,7 +66,7 @@ def is_damage(error: Exception) -> bool:
 
 def list_steps(directory: epath.Path) -> list[int]:
     """List the steps of the finished checkpoints in a folder, in ascending order."""
-    return sorted(ocp.utils.checkpoint_steps(directory))
+    return list_finished(directory) if is_s3(directory) else sorted(ocp.utils.checkpoint_steps(directory))
 
 
 def read_meta(where: epath.Path) -> dict:
@@ -84,7 +86,8 @@ def read_leaves(where: epath.Path, meta: dict) -> dict[str, np.ndarray]:
 
     def read() -> dict[str, np.ndarray]:
         template = {name: np.empty(shape, dtype) for name, (dtype, shape) in meta["shapes"].items()}
-        leaves = ocp.StandardCheckpointHandler().restore(where / "state", args=ocp.args.StandardRestore(template))
+        with on_disk(where / "state") as folder:
+            leaves = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(template))
         if checksum_leaves(leaves) != meta["checksum"]:
             raise ValueError("the checksum of its state differs")
         return leaves

@@ -23,8 +23,14 @@ from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
 from mobilenet_jax.workdir import lock
 from mobilenet_jax.workdir.metrics import read_metrics
+from mobilenet_jax.workdir.reading import list_steps
 
 NEEDED = ("gcsfs", "google.cloud.storage", "gcp_storage_emulator")
+
+
+def make_short_config() -> Any:
+    """Six steps, with checkpoints of step 4 and 6."""
+    return make_config(train__steps=6)
 
 
 def find_missing() -> list[str]:
@@ -100,11 +106,11 @@ def test_a_run_in_a_bucket_is_stopped_continued_evaluated_and_loaded(bucket, tmp
     monkeypatch.chdir(tmp_path)
     workdir = f"{bucket}/runs/mine"
     with monkeypatch.context() as patch:
-        send_at(patch, 5, signal.SIGTERM)
-        assert train_and_evaluate(make_config(), workdir) == {"stopped": "SIGTERM", "step": 5}
-    assert evaluate_run(make_config(), workdir)["step"] == 5
-    result = train_and_evaluate(make_config(), workdir)
-    local = train_and_evaluate(make_config(), tmp_path / "local")
+        send_at(patch, 3, signal.SIGTERM)
+        assert train_and_evaluate(make_short_config(), workdir) == {"stopped": "SIGTERM", "step": 3}
+    assert evaluate_run(make_short_config(), workdir)["step"] == 3
+    result = train_and_evaluate(make_short_config(), workdir)
+    local = train_and_evaluate(make_short_config(), tmp_path / "local")
     assert result == local
     assert [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_metrics(workdir)] == [
         {k: v for k, v in line.items() if not k.startswith("time/")} for line in read_metrics(tmp_path / "local")
@@ -113,7 +119,7 @@ def test_a_run_in_a_bucket_is_stopped_continued_evaluated_and_loaded(bucket, tmp
     assert names == {path.name for path in (tmp_path / "local").iterdir() if not path.name.startswith("events")}
     assert len([path for path in epath.Path(workdir).iterdir() if path.name.startswith("events")]) == 2
     assert json.loads((epath.Path(workdir) / "result.json").read_text()) == result
-    assert train_and_evaluate(make_config(), workdir) == result
+    assert train_and_evaluate(make_short_config(), workdir) == result
     _, variables, card = load_weights(workdir)
     _, expected, _ = load_weights(tmp_path / "local")
     np.testing.assert_array_equal(
@@ -125,12 +131,12 @@ def test_a_run_in_a_bucket_is_stopped_continued_evaluated_and_loaded(bucket, tmp
 
 def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket):
     workdir = epath.Path(f"{bucket}/runs/mine")
-    file = workdir / "checkpoints" / "12" / "meta" / "metadata"
+    file = workdir / "checkpoints" / "6" / "meta" / "metadata"
     file.write_text(file.read_text().replace('"seed": 0', '"seed": 1').replace('"seed":0', '"seed":1'))
-    with prepare(make_config(), workdir) as run:
-        assert run.start.step == 8
-    assert (workdir / "damaged_checkpoints" / "12" / "meta" / "metadata").exists()
-    assert not (workdir / "checkpoints" / "12").exists()
+    with prepare(make_short_config(), workdir) as run:
+        assert run.start.step == 4
+    assert (workdir / "damaged_checkpoints" / "6" / "meta" / "metadata").exists()
+    assert list_steps(workdir / "checkpoints") == [4]
 
 
 def test_of_two_runs_one_creates_the_lease(bucket):
@@ -145,12 +151,12 @@ def test_a_second_run_in_a_bucket_is_refused(bucket, monkeypatch):
     monkeypatch.setattr(lock, "RENEW", 0.2)
     workdir = f"{bucket}/runs/locked"
     with (
-        prepare(make_config(), workdir),
+        prepare(make_short_config(), workdir),
         pytest.raises(RefusedError, match=r"gs://bucket/runs/locked is in use: process \d+ on host"),
     ):
-        train_and_evaluate(make_config(), workdir)
+        train_and_evaluate(make_short_config(), workdir)
     assert not (epath.Path(workdir) / lock.LEASE_FILE).exists()
-    with prepare(make_config(), workdir):
+    with prepare(make_short_config(), workdir):
         pass
 
 
@@ -186,4 +192,4 @@ def test_images_in_a_bucket(bucket):
 
 def test_a_profile_in_a_bucket_is_refused_at_the_start(bucket):
     with pytest.raises(RefusedError, match="--profile writes to a local folder and --workdir is gs://bucket/runs/p"):
-        train_and_evaluate(make_config(), f"{bucket}/runs/p", profile=(1, 2))
+        train_and_evaluate(make_short_config(), f"{bucket}/runs/p", profile=(1, 2))
