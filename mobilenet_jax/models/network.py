@@ -25,11 +25,12 @@ PRECISIONS = ("default", "high", "highest")
 class MobileNet(nn.Module):
     """A `Spec` as a module.
 
-    `lowering` "auto" runs the fast forms of convolution and batch norm (`cpu.py`), "plain" the textbook's; parameters
-    and numbers are the same. `precision` is the precision of convolutions and matrix products in float32: a TPU rounds
-    their inputs to bfloat16, and a new GPU to TF32, unless it is "highest"; "high" is between them; "default" is the
-    setting of `jax.default_matmul_precision`. A CPU always computes in float32. `remat` computes blocks again in the
-    backward pass to save memory. With `freeze_stats`, batch norm uses its running statistics in training too.
+    `lowering` "auto" runs the fast forms of convolution and batch norm on a CPU (`cpu.py`), "plain" the forms of a
+    textbook; parameters and numbers are the same. `precision` is for convolutions and matrix products in float32.
+    "default" is the setting of `jax.default_matmul_precision`: unless it is changed, a TPU rounds their inputs to
+    bfloat16 and a new GPU to TF32. "highest" rounds nothing, and "high" is between them. A CPU never rounds. `remat`
+    computes blocks again in the backward pass to save memory. With `freeze_stats`, batch norm uses its running
+    statistics in training too.
     """
 
     spec: Spec

@@ -34,7 +34,7 @@ def test_batch_norm_on_accelerators_has_no_matrix_product(platform):
     x, channels = jnp.zeros((8, 4, 4, 6)), jnp.ones(6)
 
     def gradients(x, scale, bias):
-        return jax.grad(lambda *arrays: normalise(*arrays, 1e-3, "relu6")[0].sum(), argnums=(0, 1, 2))(x, scale, bias)
+        return jax.grad(lambda *arrays: normalise(*arrays, 1e-3, "relu6")[0].sum(), argnums=(0, 1, 2))(x, scale, bias)  # pyright: ignore[reportIndexIssue]
 
     traced = jax.jit(gradients).trace(x, channels, channels)
     assert "dot_general" not in traced.lower(lowering_platforms=(platform,)).as_text()
