@@ -28,7 +28,9 @@ def compare_case(folder: Path, case: str, *, lowering: str, file: str | None = N
         reference = {name: arrays[name] for name in arrays if name == "logits" or name.startswith("features_")}
         images = arrays["input"]
     names = tuple(name.removeprefix("features_") for name in reference if name != "logits")
-    logits, features = jax.jit(model.apply, static_argnames="features")(variables, images, features=names)
+    logits, features = jax.jit(model.clone(precision="highest").apply, static_argnames="features")(
+        variables, images, features=names
+    )
     found = {"logits": logits, **{f"features_{name}": values for name, values in features.items()}}
     return {name: float(np.abs(found[name] - value).max() / np.abs(value).max()) for name, value in reference.items()}
 

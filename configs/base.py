@@ -28,6 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
     model.lowering = "auto"  # auto: the fastest program for the platform | plain: the program of a textbook
     model.depthwise_impl = "auto"  # auto | feature_group_count | shifted_sum
     model.dtype = "float32"  # float32 | bfloat16, for computation; parameters and statistics are always float32
+    # default | high | highest, of convolutions and matrix products in float32. On a TPU, default rounds their inputs to
+    # bfloat16 (one pass), high takes three passes, highest six; on new GPUs default is TF32. A CPU is always exact.
+    model.precision = "default"
     model.remat = False  # recompute blocks in the backward pass: less memory, about a third more time
     model.stride_one = ()  # stride-2 rows, counted from the stem (0), that get stride 1, for small images
     model.output_stride = placeholder(int)  # 8 | 16 | 32: later strides become dilations; none: strides of the table

@@ -82,6 +82,6 @@ def count_work(case: Case, options: dict) -> dict[str, int]:
     """
     if case.name not in MODELS:
         return {}
-    own = {key: value for key, value in options.items() if key not in ("dtype", "remat", "depthwise_impl")}
+    own = {key: value for key, value in options.items() if key not in ("dtype", "remat", "depthwise_impl", "precision")}
     cost = compute_cost(make_spec(case.name, width=case.width, **own), case.resolution)
     return {"madds": cost.madds, "activation_bytes": 4 * cost.training_elements}

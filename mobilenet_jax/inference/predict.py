@@ -63,10 +63,15 @@ def predict(
 
 
 def compile_classifier(model: "MobileNet", mean: tuple[float, ...], std: tuple[float, ...], *, top: int) -> Callable:
-    """Return a program of (variables, images uint8 [B, S, S, 3]) -> (probabilities [B, top], classes [B, top])."""
+    """Return a program of (variables, images uint8 [B, S, S, 3]) -> (probabilities [B, top], classes [B, top]).
+
+    The answers of float32 weights are the same on every platform, so matrix products have the highest precision.
+    """
     import jax
 
     from mobilenet_jax.training.steps import normalise_images
+
+    model = model.clone(precision="highest")
 
     @jax.jit
     def classify(variables: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:

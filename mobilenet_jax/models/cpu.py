@@ -3,16 +3,17 @@
 Why is it fast on a CPU?
   Depthwise convolution: XLA:CPU lowers the grouped convolution to naive loops, more than ten times slower than a sum
     of k*k shifted slices, which it fuses into one pass. Forward and gradients are such sums (`depthwise_conv`).
-  1x1 convolution: a matrix product of rows of pixels, on every platform (`full_conv`).
+  1x1 convolution: a matrix product of rows of pixels (`full_conv`).
   Stem: with 3 input channels the convolution is up to twice as slow as one matrix product of windows (`full_conv`).
   Batch norm: one pass over the map forward, one backward, which recomputes the activation's input instead of keeping
-    it (`normalise`), on every platform.
+    it (`normalise`).
   Sums over pixels: a product with ones, several times faster than the reduction of leading axes (`sum_pixels`).
 
 What runs on a TPU or GPU?
-  `lax.platform_dependent` chooses by the platform that the program is compiled for. There, depthwise convolution and
-  stem are `plain_conv`, which is `lax.conv_general_dilated`, and sums over pixels are `jnp.sum`. 1x1 convolutions and
-  batch norm are the same program as on a CPU. With `lowering="plain"` nothing here runs but `plain_conv`.
+  The textbook forms. `lax.platform_dependent` chooses them when the program is lowered for the platform: every
+  convolution is `plain_conv`, which is `lax.conv_general_dilated`, and batch norm sums pixels with `jnp.sum` and has
+  JAX's own gradient. Compiled for a TPU v5e, the one-pass gradient reads and writes 2% more bytes than this one.
+  `tests/models/test_programs.py` holds the operations. With `lowering="plain"` nothing here runs but `plain_conv`.
 
 The numbers are those of the textbook forms, up to rounding; `tests/models/test_cpu.py` and `test_network.py` hold them
 together.
@@ -55,14 +56,51 @@ def plain_conv(
 def full_conv(
     images: jax.Array, kernel: jax.Array, *, stride: int, pads: Pads, dilation: int = 1, groups: int = 1
 ) -> jax.Array:
-    """Compute `plain_conv`; a 1x1 and, on a CPU, a stem are matrix products."""
+    """Compute `plain_conv`; on a CPU, a 1x1 convolution and a stem are matrix products."""
     if len(kernel) == stride == groups == 1:
-        return _pointwise(images, kernel[0, 0])
+        return _pointwise_conv(images, kernel, _precision())
     plain = functools.partial(plain_conv, stride=stride, pads=pads, dilation=dilation, groups=groups)
     if images.shape[-1] <= _FEW_CHANNELS and dilation == groups == 1:
         columns = functools.partial(_conv_of_few_channels, stride=stride, pads=pads)
         return lax.platform_dependent(images, kernel, cpu=columns, default=plain)
     return plain(images, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _pointwise_conv(images, kernel, precision):
+    return lax.platform_dependent(images, kernel, cpu=_rows_product, default=_plain_pointwise)
+
+
+def _pointwise_forward(images, kernel, precision):
+    return _pointwise_conv(images, kernel, precision), (images, kernel)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pointwise_backward(precision, residuals, gradient):
+    forms = {"cpu": _differentiate(_rows_product), "default": _differentiate(_plain_pointwise)}
+    with jax.default_matmul_precision(precision):
+        return lax.platform_dependent(*residuals, gradient, **forms)
+
+
+_pointwise_conv.defvjp(_pointwise_forward, _pointwise_backward)
+
+
+def _precision() -> str | None:
+    """Return the precision of `jax.default_matmul_precision`: a backward pass is traced outside of that context."""
+    return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _differentiate(conv):
+    """Return the function from (images, kernel, gradient of the output) to the gradients of images and kernel."""
+    return lambda images, kernel, gradient: jax.vjp(conv, images, kernel)[1](gradient)
+
+
+def _plain_pointwise(images, kernel):
+    return plain_conv(images, kernel, stride=1, pads=((0, 0), (0, 0)))
+
+
+def _rows_product(images, kernel):
+    return _pointwise(images, kernel[0, 0])
 
 
 def _pointwise(x, kernel):
@@ -100,9 +138,10 @@ def depthwise_conv(
     another `impl`.
     """
     check_choice("depthwise_impl", impl, IMPLEMENTATIONS)
+    geometry = _Geometry(stride, pads, dilation)
     if impl == "feature_group_count":
-        return plain_conv(images, kernel, stride=stride, pads=pads, dilation=dilation, groups=images.shape[-1])
-    return _convolve(images, kernel, _Geometry(stride, pads, dilation), impl)
+        return _grouped_conv(images, kernel, geometry)
+    return _convolve(images, kernel, geometry, impl, _precision())
 
 
 class _Geometry(NamedTuple):
@@ -111,22 +150,25 @@ class _Geometry(NamedTuple):
     dilation: int
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve(images: jax.Array, kernel: jax.Array, geometry: _Geometry, impl: str) -> jax.Array:
-    grouped = functools.partial(plain_conv, **geometry._asdict(), groups=images.shape[-1])
-    return _choose(impl, functools.partial(_shifted_sum, geometry=geometry), grouped, images, kernel)
+def _grouped_conv(images, kernel, geometry):
+    return plain_conv(images, kernel, **geometry._asdict(), groups=images.shape[-1])
 
 
-def _forward(images, kernel, geometry, impl):
-    return _convolve(images, kernel, geometry, impl), (images, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolve(images: jax.Array, kernel: jax.Array, geometry: _Geometry, impl: str, precision: str | None) -> jax.Array:
+    shifted, grouped = (functools.partial(form, geometry=geometry) for form in (_shifted_sum, _grouped_conv))
+    return _choose(impl, shifted, grouped, images, kernel)
 
 
-def _backward(geometry, impl, residuals, gradient):
-    def grouped(images, kernel, gradient):
-        conv = functools.partial(plain_conv, **geometry._asdict(), groups=images.shape[-1])
-        return jax.vjp(conv, images, kernel)[1](gradient)
+def _forward(images, kernel, geometry, impl, precision):
+    return _convolve(images, kernel, geometry, impl, precision), (images, kernel)
 
-    return _choose(impl, functools.partial(_gradients, geometry=geometry), grouped, *residuals, gradient)
+
+def _backward(geometry, impl, precision, residuals, gradient):
+    shifted = functools.partial(_gradients, geometry=geometry)
+    grouped = _differentiate(functools.partial(_grouped_conv, geometry=geometry))
+    with jax.default_matmul_precision(precision):
+        return _choose(impl, shifted, grouped, *residuals, gradient)
 
 
 _convolve.defvjp(_forward, _backward)
@@ -220,13 +262,8 @@ def _kernel_gradient(gradient, images, kernel, size, reach, stride, pads, dilati
 
 
 def sum_pixels(images: jax.Array) -> jax.Array:
-    """Sum [B, H, W, C] to [C], on a CPU in float32 or wider by a product with ones.
-
-    Elsewhere a product would round its factors to fewer bits, and `jnp.sum` is fast.
-    """
-    return lax.platform_dependent(
-        images, cpu=lambda maps: _sum_parts(_split(maps)), default=lambda maps: jnp.sum(maps, axis=(0, 1, 2))
-    )
+    """Sum [B, H, W, C] to [C] in float32 or wider, by a product with ones."""
+    return _sum_parts(_split(images))
 
 
 def _split(images):
@@ -293,12 +330,13 @@ def _wide(channels):
     return channels[None, None, None, :]
 
 
-def _moments(x):
+def _moments(x, add):
+    """Return mean and variance [C] of float32 or wider; `add` sums maps to [C]."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     count = x.size // x.shape[-1]
-    mean = sum_pixels(x) / count
+    mean = add(x) / count
     # E[x^2] - E[x]^2 reads the map once; rounding may take it below 0.
-    return mean, jnp.maximum(sum_pixels(lax.square(x)) / count - lax.square(mean), 0)
+    return mean, jnp.maximum(add(lax.square(x)) / count - lax.square(mean), 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -310,10 +348,22 @@ def normalise(
 
     Statistics are float32 or wider. No gradient flows through mean and variance.
     """
-    mean, var = _moments(x)
+    one_pass = functools.partial(_one_pass_norm, epsilon=epsilon, activation=activation)
+    plain = functools.partial(_plain_norm, epsilon=epsilon, activation=activation)
+    return lax.platform_dependent(x, scale, bias, cpu=one_pass, default=plain)
+
+
+def _one_pass_norm(x, scale, bias, *, epsilon, activation):
+    mean, var = _moments(x, sum_pixels)
     factor = scale * lax.rsqrt(var + epsilon)
     y = x.astype(mean.dtype) * _wide(factor) + _wide(bias - mean * factor)
     return ACTIVATIONS[activation](y).astype(x.dtype), mean, var
+
+
+def _plain_norm(x, scale, bias, *, epsilon, activation):
+    mean, var = _moments(x, functools.partial(jnp.sum, axis=(0, 1, 2)))
+    y = (x.astype(mean.dtype) - _wide(mean)) * _wide(scale * lax.rsqrt(var + epsilon)) + _wide(bias)
+    return ACTIVATIONS[activation](y.astype(x.dtype)), mean, var
 
 
 def _normalise_forward(x, scale, bias, epsilon, activation):
@@ -323,12 +373,22 @@ def _normalise_forward(x, scale, bias, epsilon, activation):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _normalise_backward(epsilon, activation, residuals, gradients):
-    x, scale, bias, mean, var = residuals
+    one_pass = functools.partial(_one_pass_gradients, epsilon=epsilon, activation=activation)
+
+    def plain(x, scale, bias, _mean, _var, gradient):
+        # Nothing is computed twice: the compiler finds the forward pass in the program already.
+        forward = functools.partial(_plain_norm, epsilon=epsilon, activation=activation)
+        return jax.vjp(lambda *arrays: forward(*arrays)[0], x, scale, bias)[1](gradient)
+
+    return lax.platform_dependent(*residuals, gradients[0], cpu=one_pass, default=plain)
+
+
+def _one_pass_gradients(x, scale, bias, mean, var, gradient, *, epsilon, activation):
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     inverse = lax.rsqrt(var + epsilon)
     centred = (x.astype(dtype) - _wide(mean)) * _wide(inverse)
     # Recomputing the activation's input from x is cheaper than keeping it.
-    gradient = _SLOPES[activation](centred * _wide(scale) + _wide(bias), gradients[0].astype(dtype))
+    gradient = _SLOPES[activation](centred * _wide(scale) + _wide(bias), gradient.astype(dtype))
     bias_gradient = sum_pixels(gradient)
     scale_gradient = sum_pixels(gradient * centred)
     count = x.size // x.shape[-1]

@@ -22,7 +22,7 @@ LOWERINGS = ("auto", "plain")
 
 
 class Layers(NamedTuple):
-    """Makers of modules, with the settings bound that are the same all over a network."""
+    """Functions that make modules; the settings that a whole network shares are bound to them."""
 
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
@@ -61,10 +61,10 @@ def _wide(channels):
 
 
 class Norm(nn.Module):
-    """Batch norm and activation in one pass over the map (`cpu.normalise`), with the variables of `nn.BatchNorm`.
+    """Batch norm and activation (`cpu.normalise`), with the variables of `nn.BatchNorm`.
 
-    Statistics are float32 whatever the map's dtype, over all of the batch that the function sees: the global
-    batch under `jit`, a device's share under `shard_map`.
+    Statistics are float32 for every dtype of the map. They are over the batch that the function sees: the global batch
+    under `jit`, a device's share under `shard_map`.
     """
 
     activation: str
@@ -89,11 +89,11 @@ class Norm(nn.Module):
         return y
 
     def factor(self) -> jax.Array:
-        """Return the factors [C] by which the running statistics scale a map: they fold into a convolution's kernel."""
+        """Return the factors [C] by which the running statistics scale a map; a convolution's kernel can hold them."""
         return self.scale * lax.rsqrt(self.var.value + self.spec.bn_epsilon)
 
     def finish(self, y: jax.Array, factor: jax.Array) -> jax.Array:
-        """Return the rest of the norm by the running statistics, and the activation, of y that `factor` has scaled."""
+        """Return the normalised and activated map of y, which `factor` has scaled already."""
         shift = (self.bias - self.mean.value * factor).astype(y.dtype)
         return ACTIVATIONS[self.activation](y + _wide(shift))
 
@@ -120,7 +120,7 @@ class PlainNorm(nn.Module):
 
 
 def apply_norm(norm: nn.Module, conv: Callable[..., jax.Array], x: jax.Array, *, running: bool) -> jax.Array:
-    """Return `norm`, a `Norm` or `PlainNorm`, of `conv(x)`; with `running`, by the running statistics."""
+    """Return the `Norm` or `PlainNorm` of `conv(x)`; `running` says that it uses the running statistics."""
     if not isinstance(norm, Norm):
         return norm(conv(x), use_running_average=running)  # pyright: ignore[reportCallIssue]
     if not running:
@@ -130,7 +130,7 @@ def apply_norm(norm: nn.Module, conv: Callable[..., jax.Array], x: jax.Array, *,
 
 
 def keep_map(x: jax.Array, factor: jax.Array | None = None) -> jax.Array:
-    """Return x [B, H, W, C] times `factor` [C]: stands for the convolution in `apply_norm` of a norm alone."""
+    """Return x [B, H, W, C] times `factor` [C]: the `conv` of `apply_norm` for a norm without a convolution."""
     return x if factor is None else x * _wide(factor).astype(x.dtype)
 
 

@@ -1,5 +1,6 @@
 """The one network that walks every table: stem, blocks, head, pooling, hidden layer, classifier."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,20 +19,25 @@ from mobilenet_jax.models.spec import Separable, Spec, check_choice
 from mobilenet_jax.models.zoo import make_spec
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+PRECISIONS = ("default", "high", "highest")
 
 
 class MobileNet(nn.Module):
     """A `Spec` as a module.
 
-    `lowering` "auto" runs the fast forms of convolution and batch norm (`cpu.py`), "plain" the textbook's; parameters
-    and numbers are the same. `remat` computes blocks again in the backward pass to save memory. With `freeze_stats`,
-    batch norm uses its running statistics in training too.
+    `lowering` "auto" runs the fast forms of convolution and batch norm on a CPU (`cpu.py`), "plain" the forms of a
+    textbook; parameters and numbers are the same. `precision` is for convolutions and matrix products in float32.
+    "default" is the setting of `jax.default_matmul_precision`: unless it is changed, a TPU rounds their inputs to
+    bfloat16 and a new GPU to TF32. "highest" rounds nothing, and "high" is between them. A CPU never rounds. `remat`
+    computes blocks again in the backward pass to save memory. With `freeze_stats`, batch norm uses its running
+    statistics in training too.
     """
 
     spec: Spec
     dtype: str = "float32"
     lowering: str = "auto"
     depthwise_impl: str = "auto"
+    precision: str = "default"
     remat: bool = False
     freeze_stats: bool = False
 
@@ -39,6 +45,7 @@ class MobileNet(nn.Module):
         check_choice("dtype", self.dtype, tuple(DTYPES))
         check_choice("lowering", self.lowering, LOWERINGS)
         check_choice("depthwise_impl", self.depthwise_impl, IMPLEMENTATIONS)
+        check_choice("precision", self.precision, PRECISIONS)
         super().__post_init__()
 
     @nn.compact
@@ -56,6 +63,13 @@ class MobileNet(nn.Module):
         taps = spec.taps()
         for name in features:
             check_choice("feature", name, tuple(taps))
+        with contextlib.nullcontext() if self.precision == "default" else jax.default_matmul_precision(self.precision):
+            maps, logits = self._run(images, train=train)
+        return (logits, {name: maps[taps[name]] for name in features}) if features else logits
+
+    def _run(self, images: jax.Array, *, train: bool) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Return the output of every row by its name, and the logits."""
+        spec = self.spec
         layers, running = self._layers(), not train or self.freeze_stats
         maps, x, wide = {}, images, None
         for i, (name, row, channels) in enumerate(spec.rows()):
@@ -72,8 +86,7 @@ class MobileNet(nn.Module):
                 )
                 x, wide = block(x, wide, running, not train)
             maps[name] = x
-        logits = self._classify(self._pool(x, layers, running=running), train=train)
-        return (logits, {name: maps[taps[name]] for name in features}) if features else logits
+        return maps, self._classify(self._pool(x, layers, running=running), train=train)
 
     def _layers(self) -> Layers:
         dtype = DTYPES[self.dtype]
@@ -117,6 +130,7 @@ def create_model(
     dtype: str = "float32",
     lowering: str = "auto",
     depthwise_impl: str = "auto",
+    precision: str = "default",
     remat: bool = False,
     freeze_stats: bool = False,
     **options: object,
@@ -129,7 +143,7 @@ def create_model(
       num_classes: 0 builds no classifier.
       convention: one of `zoo.CONVENTIONS`; sets padding, epsilon, width rule and head.
       dtype: of the computation; parameters, statistics and logits are float32.
-      lowering, depthwise_impl, remat, freeze_stats: see `MobileNet`.
+      lowering, depthwise_impl, precision, remat, freeze_stats: see `MobileNet`.
       **options: keys of `options.OPTIONS`, which lists and documents them; None leaves the table as it is.
 
     Raises:
@@ -141,6 +155,7 @@ def create_model(
         dtype=dtype,
         lowering=lowering,
         depthwise_impl=depthwise_impl,
+        precision=precision,
         remat=remat,
         freeze_stats=freeze_stats,
     )

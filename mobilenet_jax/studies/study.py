@@ -20,7 +20,7 @@ FREE_KEYS = ("name", "data.data_dir", "data.workers", "train.keep_checkpoints")
 _NEEDED = ("baseline", "variants", "source")  # keys of a sweep
 _OPTIONAL = ("published", "figure", "series")
 # Keys of the model section that are not part of the architecture.
-_NOT_OF_THE_SPEC = ("dtype", "lowering", "depthwise_impl", "remat")
+_NOT_OF_THE_SPEC = ("dtype", "lowering", "depthwise_impl", "precision", "remat")
 
 
 @dataclass(frozen=True, order=True)

@@ -112,7 +112,9 @@ def evaluate_weights(weights: tuple[MobileNet, dict, dict], data_config) -> dict
     compute_cost(model.spec, data_config.image_size)  # raises ValueError if the image is too small
     params = {**variables["params"]}
     params["classifier"] = {name: leaf[..., order] for name, leaf in params["classifier"].items()}
-    step = functools.partial(eval_step, model=model, mean=data_config.mean, std=data_config.std)
+    # At the highest precision, float32 weights have the same metrics on every platform.
+    exact = model.clone(precision="highest")
+    step = functools.partial(eval_step, model=exact, mean=data_config.mean, std=data_config.std)
     batches, count = make_eval_batches(data_config, **get_process(), device_count=mesh.size, source=source)
     placed = replicate({**variables, "params": params}, mesh)
     metrics, classes, _ = evaluate(shard_eval_step(step, mesh), placed, batches, count=count, mesh=mesh)

@@ -19,7 +19,8 @@ from mobilenet_jax.workdir.metrics import Mean, MetricsWriter
 class Log:
     """Accumulates the sums of steps and writes a line of metrics where the plan wants one.
 
-    The sums of a step are read while the next step runs, so that the device does not wait for the host.
+    The sums stay on the device until a line is written, progress is shown, or `read` is called. One transfer then
+    fetches the sums of all steps since the last one, while the next step runs.
     """
 
     def __init__(self, setup: Setup, start: Start, writer: MetricsWriter, progress: Progress):
@@ -28,7 +29,9 @@ class Log:
         self._means = Mean()
         self._means.restore(start.means)
         self.skipped = start.skipped  # unreadable images that all processes skipped since the start of the run
-        self._pending: tuple[int, Sums, int | jax.Array] | None = None
+        self._pending: list[
+            tuple[int, Sums, int | jax.Array]
+        ] = []  # (step, sums, skipped) of the steps that were not read
         self._waited, self._line_start = 0.0, time.perf_counter()
 
     @contextlib.contextmanager
@@ -48,24 +51,35 @@ class Log:
         return waited
 
     def add(self, step: int, sums: Sums, skipped: int | jax.Array) -> None:
-        """Take the sums of a step that may still run; read those of the step before it and write its line if due."""
-        previous = self._pending
-        self.read()
-        if previous and self._plan.is_due(previous[0], self._plan.log_every):
-            self.write(previous[0])
-        self._pending = (step, sums, skipped)
+        """Take the sums of a step that may still run; if the line of the step before it is due, write that line."""
+        if self._pending:
+            previous, running, _ = self._pending[-1]
+            # One step may run ahead of the host. If more did, their batches would fill the device's memory.
+            jax.block_until_ready(running)
+            due = self._plan.is_due(previous, self._plan.log_every)
+            if due or self._progress.is_due():
+                self.read()
+            if due:
+                self.write(previous)
+        self._pending.append((step, sums, skipped))
 
     def read(self) -> None:
-        """Wait for the step added last and count it. Raises NonFiniteError if its loss or gradient is not finite."""
-        if self._pending is None:
+        """Wait for the step added last, and count all steps that were not counted.
+
+        Raises NonFiniteError for the first step whose loss or gradient is not finite.
+        """
+        if not self._pending:
             return
-        (step, *running), self._pending = self._pending, None
-        sums, skipped = jax.device_get(running)
-        if what := find_non_finite({name: sums[name][0] for name in ("loss", "grad_norm")}):
-            raise NonFiniteError(what, step, self.learning_rate(step))
-        self._means.update(sums)
-        self.skipped += int(skipped)
-        self._progress.update(step, {name: sums[name][0] / sums[name][1] for name in ("loss", "top1")})
+        steps, *running = zip(*self._pending, strict=True)
+        self._pending = []
+        fetched, skipped = jax.device_get(running)
+        for step, sums in zip(steps, fetched, strict=True):
+            if what := find_non_finite({name: sums[name][0] for name in ("loss", "grad_norm")}):
+                raise NonFiniteError(what, step, self.learning_rate(step))
+            self._means.update(sums)
+        self.skipped += int(sum(skipped))
+        last = fetched[-1]
+        self._progress.update(steps[-1], {name: last[name][0] / last[name][1] for name in ("loss", "top1")})
 
     def write(self, step: int, evaluation: dict[str, float] | None = None) -> None:
         """Write a line: means over the steps since the last line, and the metrics of an evaluation if there was one."""
@@ -89,7 +103,8 @@ class Log:
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the update that made `step` steps of `step - 1`."""
-        return np.asarray(self._schedule(step - 1)).item()
+        with jax.transfer_guard("allow"):  # a few numbers, once for each line
+            return np.asarray(self._schedule(step - 1)).item()
 
     def seal(self, step: int, state: Any) -> dict:
         """Make all lines durable, and return what a checkpoint of `state` must hold of this log.

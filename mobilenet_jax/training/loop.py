@@ -90,16 +90,28 @@ def next_batch(setup: Setup, task: Task, log: Log) -> tuple[dict[str, jax.Array]
 def compile_step(
     setup: Setup, task: Task, state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, frozen: bool
 ) -> tuple[Callable, dict[str, float]]:
-    """Return the compiled training step, and the seconds of tracing and compiling.
+    """Return the compiled training step of a task, and the seconds of tracing and compiling."""
+    start = time.perf_counter()
+    step = make_train_step(setup, task.network, mean=task.mean, std=task.std, frozen=frozen)
+    lowered = step.lower(state, batch, key)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    return compiled, {"trace": traced - start, "compile": time.perf_counter() - traced}
+
+
+def make_train_step(
+    setup: Setup, network: Any, *, mean: tuple[float, ...], std: tuple[float, ...], frozen: bool = False
+) -> Any:
+    """Return the jitted training step of `network` over the setup's mesh; `mean` and `std` normalise its inputs.
 
     `frozen`: the step of the phase in which the parameters of optim.freeze are not trained.
     """
-    config, network = setup.config, task.network
+    config = setup.config
     if frozen and config.optim.freeze_epochs is not None:
         network = network.clone(freeze_stats=True)
     options = StepOptions(
-        mean=task.mean,
-        std=task.std,
+        mean=mean,
+        std=std,
         frozen=setup.frozen if frozen else None,
         label_smoothing=config.train.label_smoothing,
         mixup=config.data.mixup,
@@ -110,11 +122,7 @@ def compile_step(
         axis=AXIS if config.parallel == "pmap" else None,
     )
     step = functools.partial(train_step, model=network, optimizer=setup.optimizer, options=options)
-    start = time.perf_counter()
-    lowered = shard_train_step(step, setup.mesh, config.parallel).lower(state, batch, key)
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    return compiled, {"trace": traced - start, "compile": time.perf_counter() - traced}
+    return shard_train_step(step, setup.mesh, config.parallel)
 
 
 def report_start(setup: Setup, step: int, before: dict[str, float], waited: float, parts: dict[str, float]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_BARS = 0.5
 
 
 class Progress:
@@ -39,13 +40,17 @@ class Progress:
         self._paused = 0.0  # seconds since the first update
         self._seconds_left: float | None = None
         self.images_per_second: float | None = None  # at the last update; None before the second
-        self._next_line = 0.0
+        self._next_line = 0.0  # the time of the next line, or of the next change of the bar
         self._bar = None
         if active and sys.stderr.isatty():
             layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(
                 total=total_steps, initial=start_step, bar_format=layout, dynamic_ncols=True, file=sys.stderr
             )
+
+    def is_due(self) -> bool:
+        """Return whether `update` would show something, or start the clock: reading the values costs time."""
+        return self._start is None or (self._active and time.monotonic() >= self._next_line)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show that `step` steps are done, with their values (loss, accuracy)."""
@@ -59,6 +64,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(self._describe(values)), refresh=False)
             self._bar.update(step - self._bar.n)
+            self._next_line = now + _SECONDS_BETWEEN_BARS
         elif self._active and (now >= self._next_line or step >= self._total):
             self._next_line = now + _SECONDS_BETWEEN_LINES
             self._print(step, self._describe(values))

@@ -47,7 +47,7 @@ PROTECTED = (
     "processes",
 )
 # These choose another formulation of the same network.
-_FREE_MODEL_KEYS = ("model.lowering", "model.depthwise_impl", "model.remat")
+_FREE_MODEL_KEYS = ("model.lowering", "model.depthwise_impl", "model.precision", "model.remat")
 _ITEMS = ("state", "meta")
 
 

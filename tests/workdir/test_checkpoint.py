@@ -276,6 +276,7 @@ def test_all_differences_are_named(tmp_path, iterator):
         "data.workers",
         "model.lowering",
         "model.depthwise_impl",
+        "model.precision",
         "model.remat",
     ],
 )

@@ -6,8 +6,8 @@ import time
 import jax
 import numpy as np
 import optax
-from protocol import Run, serve
 
+from benchmarks.speed.workers.protocol import Run, serve
 from mobilenet_jax.cli.allocator import describe_allocator
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import MobileNet, create_model
