@@ -18,9 +18,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.init = ""  # initial weights: a file, the workdir of a run, or a name to download; empty: random
     config.init_name = ""  # the model in that file, such as timm/tf_mobilenetv3_large_100, if its tensors fit several
 
-    model = config.model = ml_collections.ConfigDict()
     # If one of name, width, convention, data.image_size, crop_share, interpolation, squash, mean and std is none, its
     # value is taken from the card of the weights in `init`; transfer.py uses this.
+    model = config.model = ml_collections.ConfigDict()
     model.name = "mobilenet_v2"  # a name that `python -m mobilenet_jax.summary --list` prints
     model.width = 1.0  # width multiplier; the paper and the convention of the model define its rounding
     model.convention = "keras"  # keras | timm | timm_tf | torchvision: padding, epsilon, width rule, head

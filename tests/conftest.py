@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+if not hasattr(jax, "enable_x64"):  # JAX before 0.8 has it in `jax.experimental`
+    jax.enable_x64 = jax.experimental.enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 # Before any array exists: the backend reads these once.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

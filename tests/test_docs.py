@@ -222,6 +222,16 @@ def test_installations_name_extras_that_exist():
     assert all("-c constraints.txt" in text for text in texts if "-e ." in text)
 
 
+def test_the_oldest_environment_of_ci_has_the_lower_bounds_of_the_package():
+    bounds = {name: bound for text in PROJECT["dependencies"] for name, bound in [text.split(">=")]}
+    text = (ROOT / "constraints-oldest.txt").read_text()
+    pins = dict(reversed(re.findall(r"^([\w-]+)==([\d.]+)", text, re.M)))  # the first pin is that of Python 3.11
+    assert [name for name, bound in bounds.items() if not f"{pins[name.lower()]}.".startswith(f"{bound}.")] == []
+    tests = re.findall(r"\btests/[\w/.]+", (ROOT / ".ci" / "run").read_text())
+    assert tests
+    assert [name for name in tests if not (ROOT / name).exists()] == []
+
+
 def test_the_readme_is_short_and_its_test_command_is_what_ci_runs():
     readme = PAGES["README.md"]
     assert readme.count("\n") <= 150

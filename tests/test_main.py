@@ -122,6 +122,31 @@ def test_a_config_file_that_is_none_is_one_sentence(capsys, tmp_path, text):
 
 
 @pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("{}['missing']", "KeyError: 'missing'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("open('/nowhere')", "OSError: "),
+        ("exec('raise RuntimeError')", "RuntimeError: no message"),
+    ],
+)
+def test_a_config_file_that_raises_is_one_sentence(capsys, tmp_path, raised, said):
+    (tmp_path / "mine.py").write_text(f"def get_config():\n    return {raised}\n")
+    assert f"mine.py: {said}" in refuse(capsys, f"--config={tmp_path / 'mine.py'}")
+
+
+def test_a_platform_without_a_device_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/nowhere/libtpu.so")
+    done = run(CONFIG)
+    assert done.returncode == 2
+    *_, said = done.stderr.splitlines()
+    assert "JAX finds no device: Unable to initialize backend 'tpu'" in said
+    assert "JAX_PLATFORMS is 'tpu'; valid: " in said
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
     ("argument", "said"),
     [
         ("--config.model.name=mobilenet_v9", "mobilenet_v3_small"),

@@ -16,7 +16,8 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
 def load_config(path: str, overrides: list[str]):
     """Load the locked config of a file `path[:argument]`, with overrides applied.
 
-    Raises UsageError for a missing file, a misspelt key or a value of another type, and names the valid choices.
+    Raises UsageError for a missing file, a file that raises, a misspelt key or a value of another type. Its sentence
+    names the valid choices.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -39,10 +40,12 @@ def load_config(path: str, overrides: list[str]):
 
     try:
         config = read([])
-    except (flags.Error, AttributeError, ImportError, SyntaxError, TypeError, ValueError) as error:
-        # The message contains the whole traceback of the config file; its last line is the error.
-        said = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        raise UsageError(f"{path}: {said}") from error
+        config.keys()  # if the file raised an OSError, ml_collections raises it here
+    except Exception as error:  # a config file is the user's code, and may raise anything
+        # A message of absl contains the whole traceback of the config file; its last line is the error.
+        said = (str(error).strip().splitlines() or ["no message"])[-1].removeprefix("ValueError: ")
+        kind = "" if isinstance(error, flags.Error | ValueError) else f"{type(error).__name__}: "
+        raise UsageError(f"{path}: {kind}{said}") from error
     for override in overrides:
         _check_override(config, override)
     try:

@@ -7,15 +7,27 @@ import sys
 from pathlib import Path
 
 from mobilenet_jax.cli.allocator import describe_allocator
+from mobilenet_jax.cli.exit_codes import UsageError
 
 
 def configure_memory(folder: str) -> str:
-    """Cache compiled programs in `folder`, unless it is "off"; return a line for the log about the allocator."""
+    """Cache compiled programs in `folder`, unless it is "off"; return a line for the log about the allocator.
+
+    Raises UsageError if JAX cannot start, for example because JAX_PLATFORMS names a device that is not there.
+    """
     import jax
 
     if folder != "off":
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        hint = f"JAX_PLATFORMS is {asked!r}; valid: the platform of a device that is free, or unset" if asked else ""
+        raise UsageError(
+            "; ".join(filter(None, [f"JAX finds no device: {str(error).splitlines()[0]}", hint]))
+        ) from error
     return describe_allocator()
 
 
@@ -23,11 +35,12 @@ def configure_jax(flags: argparse.Namespace) -> None:
     """Configure memory and compiled programs, and join the other processes, if the flags name any."""
     import jax
 
-    print(configure_memory(flags.compilation_cache), file=sys.stderr)
     if flags.coordinator_address:
         jax.distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
     elif flags.distributed:
         jax.distributed.initialize()
+    # After the other processes are joined: this starts the devices.
+    print(configure_memory(flags.compilation_cache), file=sys.stderr)
 
 
 def show_own_messages() -> None:

@@ -24,10 +24,12 @@ class Plan:
 
 
 def make_plan(config, train_count: int) -> Plan:
-    """Return the plan of a run over `train_count` images."""
+    """Return the plan of a run over `train_count` images. Raises ValueError for more steps than int32 counts."""
     train = config.train
     per_epoch = train_count / config.data.batch_size
     total = train.steps if train.steps is not None else math.ceil(train.epochs * per_epoch)
+    if total >= 2**31:
+        raise ValueError(f"train.epochs is {train.epochs}, which is {total:,} steps; valid: up to {2**31 - 1:,} steps")
 
     def every(epochs: float) -> int:
         return max(1, round(epochs * per_epoch)) if epochs else total

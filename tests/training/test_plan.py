@@ -51,3 +51,10 @@ def test_trap_17_is_part_of_a_run_with_moving_statistics(tmp_path, caplog):
         caplog.clear()
         build.build(make_config(**slow, train__freeze_stats=freeze), tmp_path)
         assert ("model.bn_decay = 0.9997" in caplog.text) == warned
+
+
+def test_more_steps_than_int32_counts_are_refused():
+    with pytest.raises(
+        ValueError, match=r"train\.epochs is 1000000\.0, which is 312,500,000,000 steps; valid: up to 2,"
+    ):
+        make_plan(make_config(train__steps=None, train__epochs=1e6), 10**7)

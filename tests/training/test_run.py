@@ -258,7 +258,7 @@ def test_a_huge_learning_rate_is_caught(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("train__steps", 0, "train.steps, or train.epochs"),
+        ("train__steps", 0, "train.steps is 0; valid: 1 or more"),
         ("train__log_every_steps", 0, "train.log_every_steps is 0; valid: 1 or more"),
         ("train__save_every_epochs", -1.0, "train.save_every_epochs is -1"),
         ("train__recompute_stats_epochs", -1.0, "train.recompute_stats_epochs is -1"),

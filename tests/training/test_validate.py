@@ -6,7 +6,8 @@ import pytest
 
 from configs import base
 from mobilenet_jax.training.config import flatten_config
-from mobilenet_jax.training.validate import RULES, check_config, check_divides, check_rules
+from mobilenet_jax.training.rules import RULES, check_rules
+from mobilenet_jax.training.validate import check_config, check_divides
 
 
 def make_config(**changes) -> Any:
@@ -19,9 +20,9 @@ def test_the_base_config_is_valid():
     check_config(make_config(), device_count=1, process_count=1)
 
 
-def test_each_rule_is_of_a_key_and_accepts_its_default():
+def test_each_key_has_a_rule_that_accepts_its_default():
     flat = flatten_config(base.get_config())
-    assert RULES.keys() <= flat.keys()
+    assert RULES.keys() == flat.keys()
     for key, rule in RULES.items():
         assert flat[key] is None or rule.holds(flat[key]), key
 
@@ -84,6 +85,37 @@ def test_each_rule_is_of_a_key_and_accepts_its_default():
         ({"data__randaugment_probability": 2.0}, r"data\.randaugment_probability is 2\.0; valid: from 0 to 1"),
         ({"data__erasing": 1.1}, r"data\.erasing is 1\.1"),
         ({"data__crop": "pad", "data__pad": 32}, r"data\.pad is 32; valid: less than data\.image_size, 32"),
+        ({"seed": 2**32}, r"seed is 4294967296; valid: 0 or more, up to 4,294,967,295"),
+        ({"model__width": 1e9}, r"model\.width is 1000000000\.0; valid: a number above 0, up to 16"),
+        ({"model__width": float("nan")}, r"model\.width is nan"),
+        ({"model__num_classes": 10**12}, r"model\.num_classes is 1000000000000; valid: 1 or more, up to 1,000,000"),
+        ({"model__dropout": float("nan")}, r"model\.dropout is nan"),
+        (
+            {"model__activation": "swish"},
+            r"model\.activation is 'swish'; valid: linear, relu, relu6, hard_swish, gelu$",
+        ),
+        ({"model__stride_one": ("0",)}, r"model\.stride_one is \('0',\); valid: a tuple of row numbers"),
+        ({"data__num_classes": 10**12}, r"data\.num_classes is 1000000000000; valid: 1 or more, up to 1,000,000"),
+        ({"data__image_size": 10**8}, r"data\.image_size is 100000000; valid: 1 or more, up to 8,192"),
+        ({"data__batch_size": 2**31}, r"data\.batch_size is 2147483648; valid: 1 or more, up to 1,048,576"),
+        ({"data__eval_batch_size": 2**31}, r"data\.eval_batch_size is 2147483648"),
+        ({"data__workers": 10**6}, r"data\.workers is 1000000; valid: 0 or more, up to 1,024"),
+        ({"data__mean": ("a", "b", "c")}, r"data\.mean is \('a', 'b', 'c'\); valid: 3 grey levels"),
+        ({"data__mean": (0.0, 0.0, 256.0)}, r"data\.mean is"),
+        ({"data__std": ("1", "1", "1")}, r"data\.std is \('1', '1', '1'\); valid: 3 grey levels above 0"),
+        ({"data__area_range": ("0.1", "1")}, r"data\.area_range is \('0\.1', '1'\); valid: two rising shares"),
+        ({"data__aspect_range": (1.0, float("inf"))}, r"data\.aspect_range is \(1\.0, inf\)"),
+        ({"data__cutmix": float("inf")}, r"data\.cutmix is inf"),
+        ({"train__epochs": float("inf")}, r"train\.epochs is inf"),
+        ({"train__steps": 2**31}, r"train\.steps is 2147483648; valid: 1 or more, up to 2,147,483,647"),
+        ({"train__recompute_stats_epochs": float("inf")}, r"train\.recompute_stats_epochs is inf"),
+        ({"train__eval_every_epochs": float("inf")}, r"train\.eval_every_epochs is inf"),
+        ({"train__save_every_epochs": float("inf")}, r"train\.save_every_epochs is inf"),
+        ({"optim__warmup_epochs": float("inf")}, r"optim\.warmup_epochs is inf"),
+        ({"optim__decay_epochs": float("inf")}, r"optim\.decay_epochs is inf"),
+        ({"optim__freeze_epochs": float("inf"), "optim__freeze": ("^stem/",)}, r"optim\.freeze_epochs is inf"),
+        ({"optim__lr_per_256": 1e300}, r"optim\.lr_per_256 is 1e\+300"),
+        ({"optim__decay_rules": (("kernel$", True),)}, r"optim\.decay_rules is"),
         ({"data__std": (1.0, 0.0, 1.0)}, r"data\.std is \(1\.0, 0\.0, 1\.0\); valid: 3 grey levels above 0"),
     ],
 )
