@@ -97,44 +97,48 @@ def train_and_evaluate(
     if profile and is_bucket(as_path(workdir)):
         raise RefusedError(f"--profile writes to a local folder and --workdir is {workdir}; give a local one")
     with prepare(config, workdir) as run:
-        setup, checkpoints, images, start = run
+        setup, start = run.setup, run.start
         if result := read_result(setup, start.step):
             logging.info("%s is finished; more train.epochs or train.steps continue it", workdir)
             return result
         if start.step:
             logging.info("continuing %s from step %s", workdir, f"{start.step:,}")
         describe_workdir(setup, start.step)
-        is_first = jax.process_index() == 0
-        progress = Progress(
-            setup.plan.total_steps,
-            steps_per_epoch=setup.plan.steps_per_epoch,
-            batch_size=setup.config.data.batch_size,
-            start_step=start.step,
-            active=is_first,
+        return _train(run, profile=profile, seconds={**(seconds or {}), "data": setup.seconds, "init": start.seconds})
+
+
+def _train(run: Prepared, *, profile: tuple[int, int] | None, seconds: dict[str, float]) -> dict:
+    """Train a prepared run; return its result, or the signal that stopped it."""
+    setup, checkpoints, task, start = run
+    is_first = jax.process_index() == 0
+    progress = Progress(
+        setup.plan.total_steps,
+        steps_per_epoch=setup.plan.steps_per_epoch,
+        batch_size=setup.config.data.batch_size,
+        start_step=start.step,
+        active=is_first,
+    )
+    writer = MetricsWriter(setup.workdir, start_step=start.step, active=is_first)
+    if setup.config.train.cache_features:
+        task = open_features(setup, task, start.state)
+        seconds["features"] = task.seconds
+    profiler = Profiler(profile, setup.workdir / "profile")
+    with contextlib.closing(task.iterator), writer, progress, profiler, StopSignals() as signals:
+        log = Log(setup, start, writer, progress)
+        end = train(
+            setup,
+            task,
+            start,
+            log=log,
+            checkpoints=checkpoints,
+            profiler=profiler,
+            signals=signals,
+            seconds=seconds,
         )
-        writer = MetricsWriter(setup.workdir, start_step=start.step, active=is_first)
-        parts = {**(seconds or {}), "data": setup.seconds, "init": start.seconds}
-        task = images
-        if setup.config.train.cache_features:
-            task = open_features(setup, images, start.state)
-            parts["features"] = task.seconds
-        profiler = Profiler(profile, setup.workdir / "profile")
-        with contextlib.closing(task.iterator), writer, progress, profiler, StopSignals() as signals:
-            log = Log(setup, start, writer, progress)
-            end = train(
-                setup,
-                task,
-                start,
-                log=log,
-                checkpoints=checkpoints,
-                profiler=profiler,
-                signals=signals,
-                seconds=parts,
-            )
-        if end.stopped:
-            return {"stopped": signals.received or "a signal to another process", "step": int(end.state.step)}
-        evaluation = end.evaluation or make_evaluator(task, setup.mesh)(end.state)
-        return write_result(setup, end.state, evaluation, log)
+    if end.stopped:
+        return {"stopped": signals.received or "a signal to another process", "step": int(end.state.step)}
+    evaluation = end.evaluation or make_evaluator(task, setup.mesh)(end.state)
+    return write_result(setup, end.state, evaluation, log)
 
 
 def describe_workdir(setup: Setup, step: int) -> None:
