@@ -12,7 +12,7 @@ Why is it fast on a CPU?
 What runs on a TPU or GPU?
   The textbook forms. `lax.platform_dependent` chooses them when the program is lowered for the platform: every
   convolution is `plain_conv`, which is `lax.conv_general_dilated`, and batch norm sums pixels with `jnp.sum` and has
-  JAX's own gradient. Compiled for a TPU v5e, the one-pass gradient reads and writes 2% more bytes than this one.
+  JAX's own gradient. Compiled for a TPU v5e, a step of V2 with the one-pass gradient accesses 4% more bytes.
   `tests/models/test_programs.py` holds the operations. With `lowering="plain"` nothing here runs but `plain_conv`.
 
 The numbers are those of the textbook forms, up to rounding; `tests/models/test_cpu.py` and `test_network.py` hold them

@@ -19,8 +19,8 @@ from mobilenet_jax.workdir.metrics import Mean, MetricsWriter
 class Log:
     """Accumulates the sums of steps and writes a line of metrics where the plan wants one.
 
-    The sums stay on the device until a line is written, progress is shown, or `read` is called. One transfer then
-    fetches the sums of all steps since the last one, while the next step runs.
+    The sums stay on the device until a line is written, a host that is alone shows progress, or `read` is called. One
+    transfer then fetches the sums of all steps since the last one, while the next step runs.
     """
 
     def __init__(self, setup: Setup, start: Start, writer: MetricsWriter, progress: Progress):
@@ -29,9 +29,9 @@ class Log:
         self._means = Mean()
         self._means.restore(start.means)
         self.skipped = start.skipped  # unreadable images that all processes skipped since the start of the run
-        self._pending: list[
-            tuple[int, Sums, int | jax.Array]
-        ] = []  # (step, sums, skipped) of the steps that were not read
+        # (step, sums, skipped) of the steps whose sums were not fetched yet
+        self._pending: list[tuple[int, Sums, int | jax.Array]] = []
+        self._first = start.step + 1
         self._waited, self._line_start = 0.0, time.perf_counter()
 
     @contextlib.contextmanager
@@ -57,7 +57,9 @@ class Log:
             # One step may run ahead of the host. If more did, their batches would fill the device's memory.
             jax.block_until_ready(running)
             due = self._plan.is_due(previous, self._plan.log_every)
-            if due or self._progress.is_due():
+            # A loss that is not finite ends the host that reads it, so several hosts read at the same steps.
+            shows = self._progress.is_due() if jax.process_count() == 1 else previous == self._first
+            if due or shows:
                 self.read()
             if due:
                 self.write(previous)

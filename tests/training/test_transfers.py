@@ -1,13 +1,20 @@
 """What moves between the host and the devices while a run trains."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import make_config
 
 from mobilenet_jax.training import loop, progress
+from mobilenet_jax.training.log import Log
+from mobilenet_jax.training.plan import Plan
+from mobilenet_jax.training.progress import Progress
 from mobilenet_jax.training.run import train_and_evaluate
-from mobilenet_jax.workdir.metrics import read_metrics
+from mobilenet_jax.workdir.metrics import MetricsWriter, read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -56,3 +63,23 @@ def test_the_loop_moves_batches_in_and_one_group_of_sums_out_for_each_line(tmp_p
     assert [line["step"] for line in read_metrics(tmp_path)] == [5, 10, 13]
     # The first step starts the clock of the progress. A line is written while the next step runs.
     assert reads == {2: {1}, 6: {2, 3, 4, 5}, 11: {6, 7, 8, 9, 10}, 13: {11, 12, 13}}
+
+
+def test_several_hosts_read_at_the_same_steps(tmp_path, monkeypatch):
+    """The first host alone shows progress. If it read more often, it would meet a bad loss before the others."""
+    reads = []
+    monkeypatch.setattr("mobilenet_jax.training.log.jax.process_count", lambda: 2)
+    monkeypatch.setattr("mobilenet_jax.training.log.jax.device_get", lambda sums: reads.append(len(sums)) or sums)
+    plan = Plan(
+        total_steps=9, steps_per_epoch=9, eval_every=9, save_every=9, log_every=4, freeze_steps=9, stats_batches=0
+    )
+    for active in (True, False):
+        progress = Progress(9, steps_per_epoch=None, batch_size=1, active=active)
+        monkeypatch.setattr(progress, "is_due", lambda active=active: active)
+        setup: Any = SimpleNamespace(plan=plan, schedule=lambda step: 0.1)
+        start: Any = SimpleNamespace(means={}, skipped=0, step=0)
+        with MetricsWriter(tmp_path / str(active), start_step=0, active=active) as writer:
+            log = Log(setup, start, writer, progress)
+            for step in range(1, 10):
+                log.add(step, dict.fromkeys(("loss", "top1", "grad_norm"), (jnp.ones(()), jnp.ones(()))), 0)
+    assert reads == [1, 3, 4] * 2
