@@ -101,15 +101,8 @@ def train_and_evaluate(
         if start.step:
             logging.info("continuing %s from step %s", workdir, f"{start.step:,}")
         describe_workdir(setup, start.step)
-        is_first = jax.process_index() == 0
-        progress = Progress(
-            setup.plan.total_steps,
-            steps_per_epoch=setup.plan.steps_per_epoch,
-            batch_size=setup.config.data.batch_size,
-            start_step=start.step,
-            active=is_first,
-        )
-        writer = MetricsWriter(setup.workdir, start_step=start.step, active=is_first)
+        progress = make_progress(setup, start.step)
+        writer = MetricsWriter(setup.workdir, start_step=start.step, active=jax.process_index() == 0)
         parts = {**(seconds or {}), "data": setup.seconds, "init": start.seconds}
         task = images
         if setup.config.train.cache_features:
@@ -132,6 +125,17 @@ def train_and_evaluate(
             return {"stopped": signals.received or "a signal to another process", "step": int(end.state.step)}
         evaluation = end.evaluation or make_evaluator(task, setup.mesh)(end.state)
         return write_result(setup, end.state, evaluation, log)
+
+
+def make_progress(setup: Setup, start_step: int) -> Progress:
+    """Return the progress of a run, which the first process shows."""
+    return Progress(
+        setup.plan.total_steps,
+        steps_per_epoch=setup.plan.steps_per_epoch,
+        batch_size=setup.config.data.batch_size,
+        start_step=start_step,
+        active=jax.process_index() == 0,
+    )
 
 
 def describe_workdir(setup: Setup, step: int) -> None:
