@@ -110,15 +110,8 @@ def train_and_evaluate(
 def _train(run: Prepared, *, profile: tuple[int, int] | None, seconds: dict[str, float]) -> dict:
     """Train a prepared run; return its result, or the signal that stopped it."""
     setup, checkpoints, task, start = run
-    is_first = jax.process_index() == 0
-    progress = Progress(
-        setup.plan.total_steps,
-        steps_per_epoch=setup.plan.steps_per_epoch,
-        batch_size=setup.config.data.batch_size,
-        start_step=start.step,
-        active=is_first,
-    )
-    writer = MetricsWriter(setup.workdir, start_step=start.step, active=is_first)
+    progress = make_progress(setup, start.step)
+    writer = MetricsWriter(setup.workdir, start_step=start.step, active=jax.process_index() == 0)
     if setup.config.train.cache_features:
         task = open_features(setup, task, start.state)
         seconds["features"] = task.seconds
@@ -139,6 +132,17 @@ def _train(run: Prepared, *, profile: tuple[int, int] | None, seconds: dict[str,
         return {"stopped": signals.received or "a signal to another process", "step": int(end.state.step)}
     evaluation = end.evaluation or make_evaluator(task, setup.mesh)(end.state)
     return write_result(setup, end.state, evaluation, log)
+
+
+def make_progress(setup: Setup, start_step: int) -> Progress:
+    """Return the progress of a run, which the first process shows."""
+    return Progress(
+        setup.plan.total_steps,
+        steps_per_epoch=setup.plan.steps_per_epoch,
+        batch_size=setup.config.data.batch_size,
+        start_step=start_step,
+        active=jax.process_index() == 0,
+    )
 
 
 def describe_workdir(setup: Setup, step: int) -> None:
