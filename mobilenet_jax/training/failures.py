@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import secrets
 import socket
@@ -23,6 +24,7 @@ _LOST = ("Gloo", "UNAVAILABLE", "Connection reset", "Connection closed")  # in e
 _AGAIN = "the same command on every host continues from the last checkpoint"
 _DONE = "done\n"
 _contexts = itertools.count()
+_entered: "list[FailureWatch]" = []
 
 
 class FailureWatch:
@@ -48,6 +50,7 @@ class FailureWatch:
         self._ending = threading.Lock()
 
     def __enter__(self) -> "FailureWatch":
+        _entered.append(self)
         if self._client and self._process == 0:
             dual = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if dual else socket.AF_INET
@@ -61,6 +64,7 @@ class FailureWatch:
         return self
 
     def __exit__(self, kind, error: BaseException | None, _) -> None:
+        _entered.remove(self)
         if not self._client:
             return
         if error is not None:
@@ -140,6 +144,8 @@ class FailureWatch:
         print(f"{reason}; {_AGAIN}" if code == 1 else reason, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+        for child in multiprocessing.active_children():  # the workers of the loader, which os._exit would leave behind
+            child.terminate()
         # The usual way out would wait for the other processes, and for threads that are in a collective operation.
         os._exit(code)
 
@@ -149,6 +155,16 @@ class FailureWatch:
                 connection.sendall(line.encode())
             except OSError as error:  # it ended first
                 logging.debug("%s was not sent: %s", line, error)
+
+
+def report_failure(error: BaseException) -> None:
+    """End all processes for an exception now, because cleaning up may wait for the other processes.
+
+    This returns if there is a single process or no watch.
+    """
+    for watch in _entered:
+        if watch._client:
+            watch._fail(error)
 
 
 def _start_thread(function: Any, *arguments: Any) -> None:

@@ -14,6 +14,7 @@ from mobilenet_jax.paths import as_path, is_bucket
 from mobilenet_jax.training.agree import check_agreement, describe_facts
 from mobilenet_jax.training.build import Setup, build
 from mobilenet_jax.training.evaluate import make_evaluator
+from mobilenet_jax.training.failures import report_failure
 from mobilenet_jax.training.finite import NonFiniteError
 from mobilenet_jax.training.log import Log
 from mobilenet_jax.training.loop import train
@@ -68,7 +69,11 @@ def prepare(config, workdir: str | os.PathLike) -> Iterator[Prepared]:
             check_agreement({"the step to continue from": start.step})
         except (ValueError, OSError) as error:
             raise RefusedError(str(error)) from error
-        yield Prepared(setup, checkpoints, images, start)
+        try:
+            yield Prepared(setup, checkpoints, images, start)
+        except BaseException as error:
+            report_failure(error)  # closing the checkpoints would wait for the other processes
+            raise
 
 
 def train_and_evaluate(

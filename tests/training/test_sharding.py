@@ -238,12 +238,12 @@ def two_processes(tmp_path_factory) -> dict[str, Any]:
     return {"stopped": stopped, "whole": whole, "stopped_at": steps, "said": said}
 
 
-def train_on(devices: int, parallel: str, workdir: Path, monkeypatch) -> list[float]:
+def train_on(devices: int, parallel: str, workdir: Path, monkeypatch, **values: Any) -> list[float]:
     """The first five losses of the same run on some of this process's devices."""
     monkeypatch.setitem(zoo.MODELS, "tiny", make_tiny_spec)
     monkeypatch.setattr(build, "make_mesh", lambda: mesh_of(devices))
     config = v2.get_config()
-    config.update_from_flattened_dict({**OVERRIDES, "train.steps": 5, "parallel": parallel})
+    config.update_from_flattened_dict({**OVERRIDES, "train.steps": 5, "parallel": parallel, **values})
     train.train_and_evaluate(config, workdir)
     return [line["train/loss"] for line in read_metrics(workdir)]
 
@@ -289,3 +289,10 @@ def test_another_number_of_processes_is_refused(two_processes):
     (said,) = finish(start(workdir, steps=steps, processes=1), code=2)
     assert "processes was 2 and is 1" in said
     assert "Traceback" not in said
+
+
+def test_a_run_of_two_processes_can_be_fine_tuned_on_one(two_processes, tmp_path, monkeypatch):
+    losses = train_on(1, "jit", tmp_path / "tuned", monkeypatch, init=str(two_processes["whole"]))
+    assert len(losses) == 5
+    # It starts from the trained weights, and not afresh.
+    assert abs(losses[0] - read_metrics(two_processes["whole"])[0]["train/loss"]) > 1e-4
