@@ -40,6 +40,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="trace these training steps into WORKDIR/profile, for TensorBoard and Perfetto",
     )
     add_weights_flags(parser, "--weights", use="with --mode=eval, evaluate these instead of the run in the workdir: ")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="use only programs of XLA that give the same bits each time: slower on a GPU, no effect elsewhere",
+    )
     add_cache_flag(parser)
     add_cluster_flags(parser)
     arguments, overrides = split_overrides(argv)

@@ -9,6 +9,10 @@ from pathlib import Path
 from mobilenet_jax.cli.allocator import describe_allocator
 from mobilenet_jax.cli.exit_codes import UsageError
 
+# The first flag makes scatters and cuDNN's algorithms deterministic. The second ends the choice of a program by
+# measuring, whose result may differ from run to run.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+
 
 def configure_memory(folder: str) -> str:
     """Cache compiled programs in `folder`, unless it is "off"; return a line for the log about the allocator.
@@ -32,7 +36,9 @@ def configure_memory(folder: str) -> str:
 
 
 def configure_jax(flags: argparse.Namespace) -> None:
-    """Configure memory and compiled programs, and join the other processes, if the flags name any."""
+    """Configure XLA, memory and compiled programs, and join the other processes, if the flags name any."""
+    if flags.deterministic:  # XLA reads the variable when the first device starts
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     import jax
 
     if flags.coordinator_address:

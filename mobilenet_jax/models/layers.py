@@ -93,9 +93,12 @@ class Norm(nn.Module):
         return self.scale * lax.rsqrt(self.var.value + self.spec.bn_epsilon)
 
     def finish(self, y: jax.Array, factor: jax.Array) -> jax.Array:
-        """Return the normalised and activated map of y, which `factor` has scaled already."""
-        shift = (self.bias - self.mean.value * factor).astype(y.dtype)
-        return ACTIVATIONS[self.activation](y + _wide(shift))
+        """Return the normalised and activated map of y, which `factor` has scaled already.
+
+        The shift is added in float32: a bfloat16 shift would lose a part of a small difference of large numbers.
+        """
+        shift = self.bias - self.mean.value * factor
+        return ACTIVATIONS[self.activation]((y + _wide(shift)).astype(y.dtype))
 
 
 class PlainNorm(nn.Module):

@@ -1,17 +1,21 @@
 """Published weights by name: downloaded once, continued after an interruption, checked and kept."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from mobilenet_jax.weights import WeightsError
 from mobilenet_jax.weights.card import Preprocessing
+from mobilenet_jax.weights.hdf5 import read_hdf5
 
 CACHE = Path("~/.cache/mobilenet_jax/weights").expanduser()
 _CHUNK = 1 << 20
@@ -67,6 +71,7 @@ def fetch(name: str, *, offline: bool) -> tuple[Path, str, Preprocessing | None]
         if offline:
             raise WeightsError(f"{name} is not in {CACHE}, and downloads are off")
         download(published, path)
+    _check_pin(path)
     return path, name, None
 
 
@@ -98,37 +103,103 @@ def find_published(name: str) -> Published:
 def download(published: Published, path: Path) -> None:
     """Download to `path`, which appears whole or not at all. PATH.part, left by an interrupted download, is continued.
 
+    If several processes download the same file, one does it and the others wait. A file whose publisher states no
+    checksum is read once, and its SHA-256 is written beside it.
+
     Raises WeightsError for a download that is interrupted, which the next call continues, and for wrong content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(published.url, headers={"Range": f"bytes={start}-"} if start else {})
+    with _lock(part) as file:
+        if path.exists():  # another process was faster
+            part.unlink()
+            return
+        try:
+            _complete(published.url, file)
+        finally:
+            if not file.tell():
+                part.unlink()
+        _check(published, part)
+        if not published.digest:
+            _find_pin(path).write_text(_hash(part, "sha256"))
+        part.replace(path)
+
+
+@contextlib.contextmanager
+def _lock(part: Path) -> Iterator[BinaryIO]:
+    """Open `part` at its end, for this process alone; wait while another process has it."""
+    while True:
+        with part.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # While this process waited, the other one may have renamed or deleted the file that is open here.
+            if part.exists() and os.fstat(file.fileno()).st_ino == part.stat().st_ino:
+                yield file
+                return
+
+
+def _complete(url: str, file: BinaryIO) -> None:
+    """Append what is missing of the content of `url` to `file`; start again if the server gives no parts."""
+    start = file.tell()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            start = start if response.status == 206 else 0
-            total = start + int(response.headers["Content-Length"])
-            with part.open("ab" if start else "wb") as file:
-                while chunk := response.read(_CHUNK):
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
+            size = response.headers["Content-Length"]
+            if size is None or not size.isdecimal():
+                raise WeightsError(f"{url} cannot be downloaded: the server does not state its size")
+            if response.status == 206:
+                given = response.headers["Content-Range"] or "no range"
+                if not given.startswith(f"bytes {start}-"):
+                    raise WeightsError(
+                        f"{url} cannot be continued: bytes {start}- were asked for, the server sent {given}"
+                    )
+            else:
+                file.truncate(0)
+            total = file.seek(0, os.SEEK_END) + int(size)
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
     except (OSError, HTTPException) as error:
-        if not (isinstance(error, urllib.error.HTTPError) and error.code == 416):  # the part is the whole file
-            raise WeightsError(f"{published.url} cannot be downloaded: {error}") from error
+        if not (
+            start and isinstance(error, urllib.error.HTTPError) and error.code == 416
+        ):  # the part is the whole file
+            raise WeightsError(f"{url} cannot be downloaded: {error}") from error
         total = start
-    if part.stat().st_size < total:
-        raise WeightsError(
-            f"{published.url} broke off after {part.stat().st_size:,} of {total:,} bytes; the same command continues"
-        )
-    with part.open("rb") as file:
-        digest = hashlib.file_digest(file, published.algorithm).hexdigest()
-    if not digest.startswith(published.digest):
+    if file.tell() < total:
+        raise WeightsError(f"{url} broke off after {file.tell():,} of {total:,} bytes; the same command continues")
+
+
+def _check(published: Published, part: Path) -> None:
+    """Raise WeightsError and delete `part` if its checksum is wrong, or, without a checksum, if it cannot be read."""
+    if published.digest:
+        digest = _hash(part, published.algorithm)
+        if not digest.startswith(published.digest):
+            part.unlink()
+            raise WeightsError(
+                f"{published.url} has {published.algorithm} {digest}, not {published.digest}...: it was deleted"
+            )
+        return
+    try:
+        read_hdf5(part)
+    except WeightsError as error:
         part.unlink()
-        raise WeightsError(
-            f"{published.url} has {published.algorithm} {digest}, not {published.digest}...: it was deleted"
-        )
-    part.replace(path)
+        raise WeightsError(f"{published.url} cannot be read and was deleted: {error}") from error
+
+
+def _check_pin(path: Path) -> None:
+    """Raise WeightsError if a file whose publisher states no checksum has changed since it was downloaded."""
+    pin = _find_pin(path)
+    if pin.exists() and _hash(path, "sha256") != pin.read_text().strip():
+        raise WeightsError(f"{path} has changed since it was downloaded; delete it and {pin.name} to download it again")
+
+
+def _find_pin(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _hash(path: Path, algorithm: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def _fetch_from_hub(repository: str, *, offline: bool) -> tuple[Path, str, Preprocessing]:

@@ -35,7 +35,8 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
     Raises WeightsError for a file of another kind, and for one that refers to other files.
     """
     command = [sys.executable, "-m", __name__, str(path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # `fetch.download` holds a lock on the file that it checks; reading needs none.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HDF5_USE_FILE_LOCKING": "FALSE"}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:

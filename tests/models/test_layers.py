@@ -164,3 +164,18 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     dropped = (out == 0).all((1, 2, 3))
     assert dropped.mean() == pytest.approx(rate, abs=5 * math.sqrt(rate * (1 - rate) / n))
     np.testing.assert_allclose(out[~dropped], 1 / (1 - rate), rtol=1e-6)
+
+
+def test_the_folded_shift_is_added_in_float32():
+    """The network's mean is near its inputs, so that rounding it to bfloat16 would move the small difference."""
+    norm = Norm("linear", 8, SPEC)
+    mean = 100 + np.arange(8, dtype=np.float32) / 16  # bfloat16 has steps of 1/2 here
+    variables = {
+        "params": {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)},
+        "batch_stats": {"mean": mean, "var": np.full(8, 1 - SPEC.bn_epsilon, np.float32)},
+    }
+    y = jnp.asarray(100 + _normal(2, 3, 3, 8), jnp.bfloat16)
+    found = norm.apply(variables, y, jnp.ones(8), method="finish")
+    assert found.dtype == jnp.bfloat16  # pyright: ignore[reportAttributeAccessIssue]
+    exact = norm.apply(variables, y.astype(jnp.float32), jnp.ones(8), method="finish")
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,9 +1,11 @@
 import hashlib
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import h5py
 import numpy as np
 import pytest
 
@@ -25,6 +27,8 @@ class _Server(ThreadingHTTPServer):
         self.headers: dict[str, str] = {}
         self.asked: list[tuple[str, str, str | None]] = []
         self.cut: int | None = None
+        self.shift = 0  # bytes by which a part starts too late
+        self.sized = True  # false: answers have no Content-Length
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -48,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             self.send_error(404)
             return
-        start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
+        start = int(asked.removeprefix("bytes=").split("-")[0]) + server.shift if asked else 0
         if asked and start >= len(data):
             self.send_error(416)
             return
@@ -56,7 +60,10 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in server.headers.items():
             self.send_header(name, value)
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("Content-Length", str(len(data) - start))
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        if server.sized:
+            self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(data[start:][: server.cut])
@@ -108,6 +115,62 @@ def test_a_server_that_gives_no_parts_and_a_part_that_is_whole(server, tmp_path)
         fetch.download(published, path)
     fetch.download(published, path)
     assert path.read_bytes() == DATA
+
+
+def test_downloads_at_the_same_time_are_one(server, tmp_path):
+    server.files["w.pth"] = DATA
+    published, path = fetch.Published(f"{server.url}w.pth", digest=SHA256[:8]), tmp_path / "w.pth"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: fetch.download(published, path), range(4)))
+    assert path.read_bytes() == DATA
+    assert len(server.asked) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["w.pth"]
+
+
+def test_an_answer_that_does_not_fit_is_one_sentence(server, tmp_path):
+    server.files["w.pth"] = DATA
+    published, path = fetch.Published(f"{server.url}w.pth", digest=SHA256[:8]), tmp_path / "w.pth"
+    part = tmp_path / "w.pth.part"
+    server.sized = False
+    with pytest.raises(WeightsError, match=r"w\.pth cannot be downloaded: the server does not state its size$"):
+        fetch.download(published, path)
+    assert list(tmp_path.iterdir()) == []
+    server.sized = True
+    part.write_bytes(DATA[:1000])
+    server.shift = 5
+    with pytest.raises(WeightsError, match=r"cannot be continued: bytes 1000- were asked for, .* bytes 1005-2999999/"):
+        fetch.download(published, path)
+    assert part.read_bytes() == DATA[:1000]
+
+
+def test_a_416_without_a_part_is_one_sentence(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(_Handler, "do_GET", lambda self: self.send_error(416))
+    with pytest.raises(WeightsError, match=r"w\.pth cannot be downloaded: HTTP Error 416"):
+        fetch.download(fetch.Published(f"{server.url}w.pth"), tmp_path / "w.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_keras_file_without_a_checksum_is_read_before_it_is_kept_and_then_pinned(server, tmp_path):
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file.attrs["layer_names"] = [b"conv"]
+        file.create_group("conv").attrs["weight_names"] = [b"conv/kernel:0"]
+        file["conv/conv/kernel:0"] = np.ones((3, 3), np.float32)
+    data, name = (tmp_path / "w.h5").read_bytes(), "keras/MobileNet_025"
+    file = "mobilenet/mobilenet_2_5_224_tf.h5"
+    server.files[file] = data[: len(data) // 2]
+    with pytest.raises(WeightsError, match=r"mobilenet_2_5_224_tf\.h5 cannot be read and was deleted: it is damaged"):
+        fetch.fetch(name, offline=False)
+    assert list(fetch.CACHE.iterdir()) == []
+    server.files[file] = data
+    path, _, _ = fetch.fetch(name, offline=False)
+    pin = path.with_name(f"{path.name}.sha256")
+    assert pin.read_text() == hashlib.sha256(data).hexdigest()
+    assert fetch.fetch(name, offline=True)[0] == path
+    path.write_bytes(data[:-1] + b"!")
+    with pytest.raises(
+        WeightsError, match=rf"{path.name} has changed since it was downloaded; delete it and {pin.name}"
+    ):
+        fetch.fetch(name, offline=True)
 
 
 def test_content_of_another_checksum_is_deleted_and_said(server, tmp_path):
