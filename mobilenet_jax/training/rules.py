@@ -98,6 +98,7 @@ RULES: dict[str, Rule] = {
     "model.lowering": _one_of(LOWERINGS),
     "model.depthwise_impl": _one_of(IMPLEMENTATIONS),
     "model.dtype": _one_of(("float32", "bfloat16")),  # float64 is for tests, in JAX's x64 mode
+    "model.precision": _one_of(("default", "high", "highest")),
     "model.remat": _SWITCH,
     "model.stride_one": Rule(
         lambda rows: all(isinstance(row, int) and 0 <= row < 1000 for row in rows), "a tuple of row numbers", "rows"
