@@ -4,7 +4,7 @@ What several keys mean together is checked in `validate.py`.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from mobilenet_jax.data.loader import ON_ERROR
@@ -49,9 +49,8 @@ def _between(low: float, high: float) -> Rule:
     return Rule(lambda value: _is_number(value) and low <= value <= high, valid)
 
 
-def _one_of(names: Iterable[Any]) -> Rule:
-    known = tuple(names)
-    return Rule(lambda value: value in known, ", ".join(map(str, known)))
+def _one_of(names: Collection[Any]) -> Rule:
+    return Rule(lambda value: value in names, ", ".join(map(str, names)))
 
 
 def _numbers(count: int, holds: Callable[..., bool], valid: str, unit: str = "") -> Rule:

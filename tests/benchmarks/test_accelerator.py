@@ -8,7 +8,7 @@ import pytest
 from benchmarks import accelerator, tpu_compile
 
 
-@pytest.mark.usefixtures("one_device", "fast_compile")
+@pytest.mark.usefixtures("one_device")
 def test_a_small_measurement_has_every_number(tmp_path, capsys):
     file = tmp_path / "small.json"
     assert accelerator.main(["--small", f"--json={file}"]) == 0

@@ -44,7 +44,7 @@ def find_missing() -> list[str]:
 
 
 pytestmark = [
-    pytest.mark.usefixtures("one_device", "fast_compile"),
+    pytest.mark.usefixtures("one_device"),
     pytest.mark.skipif(bool(find_missing()), reason=f"these packages are not installed: {', '.join(find_missing())}"),
     # The emulator and the clients leave sockets to the garbage collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),

@@ -14,7 +14,7 @@ from mobilenet_jax.training.run import RefusedError, describe_workdir, evaluate_
 from mobilenet_jax.workdir.checkpoint import Checkpoints
 from mobilenet_jax.workdir.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("one_device", "fast_compile")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def list_files(folder: Path) -> dict[str, int]:
