@@ -1,4 +1,4 @@
-"""What a run reads from its config: flat keys, and values that come from the card of weights."""
+"""The reading of a config by a run: flat keys, and values that come from the card of weights."""
 
 import functools
 import json

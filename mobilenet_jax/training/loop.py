@@ -25,7 +25,7 @@ from mobilenet_jax.workdir.files import write_json_atomic
 
 @dataclass(frozen=True)
 class End:
-    """What a loop leaves behind."""
+    """The state, the last evaluation and the reason at the end of a loop."""
 
     state: TrainState
     evaluation: StateEvaluation | None  # the last evaluation, if there was one

@@ -1,4 +1,4 @@
-"""What a run trains on what: the whole network on images, or its classifier on features computed once.
+"""The two tasks of a run: the whole network on images, or its classifier on features computed once.
 
 Both are a `Task`, so the loop does not know which one it trains.
 """

@@ -1,4 +1,4 @@
-"""What a result depends on besides the config: versions, machine, commit."""
+"""The environment that a result depends on besides the config: versions, machine, commit."""
 
 import importlib.metadata
 import os
