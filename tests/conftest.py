@@ -106,3 +106,19 @@ def write_images():
         return paths
 
     return write
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that a test saves, to look at what they hold."""
+    from matplotlib.figure import Figure
+
+    saved = []
+    save = Figure.savefig
+
+    def record(figure, *args, **kwargs):
+        saved.append(figure)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return saved

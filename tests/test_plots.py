@@ -1,24 +1,8 @@
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from mobilenet_jax.plots import draw_confusion, draw_curves, draw_frontier, draw_variants, make_figure, save, style_axes
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that were saved, to look at what they hold."""
-    saved = []
-    save = Figure.savefig
-
-    def record(figure, *args, **kwargs):
-        saved.append(figure)
-        return save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", record)
-    return saved
-
 
 METRICS = [
     {"step": 1, "epoch": 0.5, "train/loss": 2.0, "train/top1": 0.1},

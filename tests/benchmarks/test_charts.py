@@ -1,23 +1,8 @@
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks.speed.charts import draw_all, format_table, list_resolutions
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that a test saves."""
-    saved = []
-    save = Figure.savefig
-
-    def record(figure, *args, **kwargs):
-        saved.append(figure)
-        return save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", record)
-    return saved
 
 
 def make_result(group="train", *, resolution=224, rate=10.0, ratios=None, **fields) -> dict:
