@@ -25,7 +25,7 @@ def read_comments(text: str) -> dict[str, str]:
     comments, above = {}, []
     for line in text.splitlines():
         if found := re.match(
-            r"    (?:config\.)?([a-z_]+(?:\.\w+)?) = (?!.*ConfigDict)(?:[^#\"]|\"[^\"]*\")*(?:# (.*))?$", line
+            r"    (?:config\.)?([a-z_]+(?:\.\w+)*) = (?!.*ConfigDict)(?:[^#\"]|\"[^\"]*\")*(?:# (.*))?$", line
         ):
             comments[found[1]] = " ".join([*above, found[2] or ""]).strip()
         found = re.match(r"    # (.*)", line)

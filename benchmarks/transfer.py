@@ -51,18 +51,17 @@ def make_config(way: str, *, seed: int, flags: argparse.Namespace, card: dict) -
     return config
 
 
-def run(way: str, *, seed: int, flags: argparse.Namespace, card: dict) -> dict:
-    """Train and return a row of the results; raise KeyboardInterrupt if a signal stopped the run."""
-    workdir = flags.workdir / f"{way}_{seed}"
+def run(way: str, config: Any, workdir: Path) -> dict:
+    """Train in a workdir; return the row of a way's results. Raises KeyboardInterrupt if a signal stopped the run."""
     clock = workdir / "seconds.txt"
     before, start = float(clock.read_text()) if clock.exists() else 0.0, time.perf_counter()
     was_finished = (workdir / "result.json").exists()
-    result = train_and_evaluate(make_config(way, seed=seed, flags=flags, card=card), workdir)
+    result = train_and_evaluate(config, workdir)
     seconds = before if was_finished else before + time.perf_counter() - start
     clock.write_text(f"{seconds:.1f}")
     if "stopped" in result:
         raise KeyboardInterrupt
-    row = {"way": way, "seed": seed, "epochs": result["epoch"], "seconds": round(seconds, 1)}
+    row = {"way": way, "seed": config.seed, "epochs": result["epoch"], "seconds": round(seconds, 1)}
     return row | {name: result[name] for name in COLUMNS if name in result}
 
 
@@ -163,7 +162,8 @@ def run_study(flags: argparse.Namespace) -> int:
     # All ways with one seed come before the next seed, so that a stopped study can compare them.
     for seed in range(flags.seeds):
         for way in flags.ways:
-            rows.append(run(way, seed=seed, flags=flags, card=card))
+            config = make_config(way, seed=seed, flags=flags, card=card)
+            rows.append(run(way, config, flags.workdir / f"{way}_{seed}"))
             ordered = sorted(rows, key=lambda row: list(WAYS).index(row["way"]))
             print(write_results(ordered, flags.workdir), flush=True)
     draw_curves(rows, flags.workdir)

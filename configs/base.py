@@ -100,6 +100,16 @@ def get_config() -> ml_collections.ConfigDict:
     train.save_every_epochs = 1.0  # epochs between checkpoints; 0: only at the end
     train.keep_checkpoints = 2  # number of newest checkpoints to keep
 
+    # Learning from a teacher: the loss is (1 - weight) times that of the labels plus weight times that of the teacher.
+    train.distill = ml_collections.ConfigDict()
+    train.distill.weights = ""  # the teacher: a file, the workdir of a run, or a name to download; empty: no teacher
+    train.distill.name = ""  # the model in that file, such as timm/tf_mobilenetv3_large_100, if its tensors fit several
+    # Images that the teacher sees. teacher: with the mean, std and size of its card | student: as the student sees them
+    train.distill.prepare = "teacher"
+    train.distill.divergence = "kl"  # kl | js (Jensen-Shannon), between the answers of the teacher and of the student
+    train.distill.temperature = 1.0  # T in softmax(logits / T); the teacher's loss is multiplied by T^2
+    train.distill.weight = 1.0  # of the teacher's loss; 1: the labels are not used
+
     optim = config.optim = ml_collections.ConfigDict()
     optim.name = "sgd"  # rmsprop (as TensorFlow computes it) | sgd | adamw
     optim.lr_per_256 = 0.1  # peak learning rate for 256 images per step; scaled linearly with the batch size

@@ -195,7 +195,7 @@ def test_flags_and_keys_of_commands_exist(answers, command, monkeypatch):
 def test_keys_files_and_links_of_a_page_exist(page):
     text = PAGES[page]
     keys = set(re.findall(r"--config\.([a-z][a-z_.]*[a-z])[=` ]", text))
-    keys |= set(re.findall(r"`((?:model|data|train|optim|ema)\.(?!py\b)[a-z]\w*)", text))
+    keys |= set(re.findall(r"`((?:model|data|train|optim|ema)(?:\.(?!py\b)[a-z]\w*)+)", text))
     assert keys <= set(KEYS)
     files = re.findall(r"`((?:mobilenet_jax|configs|benchmarks|tests|colab|docs)/[\w./]*\w)[/:`]", text)
     assert [name for name in files if not (ROOT / name).exists()] == []

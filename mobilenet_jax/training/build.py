@@ -23,8 +23,10 @@ from mobilenet_jax.training.config import flatten_config, follow_card
 from mobilenet_jax.training.optim import find_frozen, make_optimizer, make_schedule
 from mobilenet_jax.training.plan import Plan, make_plan, warn_of_slow_statistics
 from mobilenet_jax.training.sharding import make_mesh
+from mobilenet_jax.training.teacher import Teacher, load_teacher
 from mobilenet_jax.training.validate import check_config, check_trains_classifier_alone
 from mobilenet_jax.weights.load import load_weights
+from mobilenet_jax.workdir.checkpoint import TEACHER_KEY
 
 Weights = tuple[MobileNet, dict, dict]  # model, variables, card
 
@@ -44,6 +46,7 @@ class Setup:
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     frozen: Any  # a tree of bools: the parameters that optim.freeze names; None if it names none
+    teacher: Teacher | None  # the network that train.distill names
     load_init: Callable[[], Weights]  # loads the weights of config.init, once
     seconds: float  # that building took
 
@@ -68,10 +71,12 @@ def build(config, workdir: str | os.PathLike) -> Setup:
     if not config.train.freeze_stats and not plan.stats_batches:
         warn_of_slow_statistics(config.model.bn_decay, plan.total_steps)
     schedule, optimizer, frozen = build_optimizer(config, model.spec, plan)
+    teacher = load_teacher(config, model.spec, info)
     derived = {
         "model.num_classes": model.spec.num_classes,
         "data.train_images": info.train_count,
         "processes": jax.process_count(),
+        TEACHER_KEY: teacher and teacher.sha256,
     }
     return Setup(
         workdir=folder,
@@ -85,6 +90,7 @@ def build(config, workdir: str | os.PathLike) -> Setup:
         schedule=schedule,
         optimizer=optimizer,
         frozen=frozen,
+        teacher=teacher,
         load_init=load_init,
         seconds=time.perf_counter() - start,
     )

@@ -1,7 +1,7 @@
 """Exact evaluation: every image counted once, whatever the batch size, the devices or the hosts."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from mobilenet_jax.data.loader import make_eval_batches
 from mobilenet_jax.data.sources import eval_split, open_source
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.network import MobileNet
+from mobilenet_jax.training.classes import match_classes, reorder_classes
 from mobilenet_jax.training.sharding import make_mesh, put_batch, replicate, shard_eval_step
 from mobilenet_jax.training.steps import TrainState, eval_step
 from mobilenet_jax.training.task import Task, get_process
@@ -110,33 +111,12 @@ def evaluate_weights(weights: tuple[MobileNet, dict, dict], data_config) -> dict
     source = open_source(data_config, eval_split(data_config))
     order = match_classes(card["class_names"], model.spec.num_classes, source.class_names, data=source.name)
     compute_cost(model.spec, data_config.image_size)  # raises ValueError if the image is too small
-    params = {**variables["params"]}
-    params["classifier"] = {name: leaf[..., order] for name, leaf in params["classifier"].items()}
     # At the highest precision, float32 weights have the same metrics on every platform.
     exact = model.clone(precision="highest")
     step = functools.partial(eval_step, model=exact, mean=data_config.mean, std=data_config.std)
     batches, count = make_eval_batches(data_config, **get_process(), device_count=mesh.size, source=source)
-    placed = replicate({**variables, "params": params}, mesh)
+    placed = replicate(reorder_classes(variables, order), mesh)
     metrics, classes, _ = evaluate(shard_eval_step(step, mesh), placed, batches, count=count, mesh=mesh)
     shares = [right / images if images else None for images, right in classes.T.tolist()]
     named = {"weights": {"name": card["name"], **card["source"]}, "data": source.name}
     return {**named, **metrics, "class_accuracy": dict(zip(source.class_names, shares, strict=True))}
-
-
-def match_classes(known: Sequence[str] | None, count: int, names: Sequence[str], *, data: str) -> list[int]:
-    """Return, for each class of the data, the index of the same class among the `count` classes of the weights.
-
-    Classes are matched by name if the weights know their names. Folders of ImageNet are named by WordNet numbers, whose
-    order is the order of the classes. Raises ValueError unless data and weights have the same classes.
-    """
-    if len(names) != count:
-        raise ValueError(f"{data} has {len(names)} classes and the weights {count}; they must be the same classes")
-    is_wordnet = all(len(name) == 9 and name[0] == "n" and name[1:].isdecimal() for name in names)
-    if known is None or list(known) == list(names) or (is_wordnet and count == 1000):
-        return list(range(count))
-    if odd := sorted(set(names) ^ set(known)):
-        raise ValueError(
-            f"the classes of {data} and of the weights differ: only one of them has {', '.join(odd[:4])}"
-            f"{f' and {len(odd) - 4} more' if len(odd) > 4 else ''}"
-        )
-    return [list(known).index(name) for name in names]

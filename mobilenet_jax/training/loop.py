@@ -14,7 +14,7 @@ from mobilenet_jax.training.dead_filters import count_dead_filters
 from mobilenet_jax.training.evaluate import StateEvaluation, make_evaluator
 from mobilenet_jax.training.log import Log
 from mobilenet_jax.training.profile import Profiler
-from mobilenet_jax.training.sharding import AXIS, make_key, put_batch, shard_train_step, sum_rows
+from mobilenet_jax.training.sharding import AXIS, make_key, put_batch, replicate, shard_train_step, sum_rows
 from mobilenet_jax.training.signals import StopSignals
 from mobilenet_jax.training.start import Start
 from mobilenet_jax.training.steps import StepOptions, Sums, TrainState, train_step
@@ -90,13 +90,18 @@ def next_batch(setup: Setup, task: Task, log: Log) -> tuple[dict[str, jax.Array]
 def compile_step(
     setup: Setup, task: Task, state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, frozen: bool
 ) -> tuple[Callable, dict[str, float]]:
-    """Return the compiled training step of a task, and the seconds of tracing and compiling."""
+    """Return the compiled training step of a task, and the seconds of tracing and compiling.
+
+    The step is a function (state, batch, key) -> (state, sums); the variables of a teacher are bound to it.
+    """
     start = time.perf_counter()
+    teacher = () if setup.teacher is None else (replicate(setup.teacher.variables, setup.mesh),)
     step = make_train_step(setup, task.network, mean=task.mean, std=task.std, frozen=frozen)
-    lowered = step.lower(state, batch, key)
+    lowered = step.lower(state, batch, key, *teacher)
     traced = time.perf_counter()
     compiled = lowered.compile()
-    return compiled, {"trace": traced - start, "compile": time.perf_counter() - traced}
+    seconds = {"trace": traced - start, "compile": time.perf_counter() - traced}
+    return lambda state, batch, key: compiled(state, batch, key, *teacher), seconds
 
 
 def make_train_step(
@@ -104,7 +109,8 @@ def make_train_step(
 ) -> Any:
     """Return the jitted training step of `network` over the setup's mesh; `mean` and `std` normalise its inputs.
 
-    `frozen`: the step of the phase in which the parameters of optim.freeze are not trained.
+    `frozen`: the step of the phase in which the parameters of optim.freeze are not trained. The step of a setup with a
+    teacher takes the teacher's variables as its fourth argument.
     """
     config = setup.config
     if frozen and config.optim.freeze_epochs is not None:
@@ -120,9 +126,10 @@ def make_train_step(
         accumulate=config.train.accumulate,
         ema_decay=config.ema.decay,
         axis=AXIS if config.parallel == "pmap" else None,
+        distill=setup.teacher and setup.teacher.distillation,
     )
     step = functools.partial(train_step, model=network, optimizer=setup.optimizer, options=options)
-    return shard_train_step(step, setup.mesh, config.parallel)
+    return shard_train_step(step, setup.mesh, config.parallel, taught=setup.teacher is not None)
 
 
 def report_start(setup: Setup, step: int, before: dict[str, float], waited: float, parts: dict[str, float]) -> None:

@@ -1,4 +1,6 @@
-"""Cross-entropy with label smoothing, and the mixing of images (mixup, cutmix) inside the jitted step."""
+"""Cross-entropy with label smoothing, divergences from a teacher, and the mixing of images inside the jitted step."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,42 @@ def softmax_cross_entropy(logits: jax.Array, targets: jax.Array, *, label_smooth
         )
     smooth = optax.smooth_labels(targets.astype(jnp.float32), label_smoothing)
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), smooth)
+
+
+def _kullback_leibler(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+
+
+def _jensen_shannon(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    middle = jnp.logaddexp(student, teacher) - jnp.log(2.0)
+    return (_kullback_leibler(middle, teacher) + _kullback_leibler(middle, student)) / 2
+
+
+# Functions of log-probabilities [B, K] of the student and of the teacher.
+DIVERGENCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "kl": _kullback_leibler,
+    "js": _jensen_shannon,
+}
+
+
+def distillation_loss(student: jax.Array, teacher: jax.Array, *, divergence: str, temperature: float) -> jax.Array:
+    """Return T^2 times the divergence of the two softmaxes at temperature T, for each example, in float32.
+
+    Hinton et al. 2015 (1503.02531), section 2: the softmax is that of logits / T, and T^2 keeps the size of the
+    gradients about the same at every T.
+
+    Args:
+      student: logits [B, K].
+      teacher: logits [B, K].
+      divergence: kl: KL(teacher || student) | js: the mean of KL(teacher || m) and KL(student || m), where m is the
+        mean of the two distributions (Lin 1991). Near equality, js is a quarter of kl.
+      temperature: T, above 0.
+
+    Returns:
+      [B], float32.
+    """
+    logs = (jax.nn.log_softmax(logits.astype(jnp.float32) / temperature) for logits in (student, teacher))
+    return temperature**2 * DIVERGENCES[divergence](*logs)
 
 
 def mix_batch(

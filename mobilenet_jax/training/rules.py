@@ -14,6 +14,8 @@ from mobilenet_jax.models.layers import LOWERINGS
 from mobilenet_jax.models.options import BLOCK_FORMS, OUTPUT_STRIDES
 from mobilenet_jax.models.spec import ACTIVATIONS, INITS, SE_GATES, SE_ROUNDINGS, SHORTCUTS
 from mobilenet_jax.models.zoo import CONVENTIONS, MODELS
+from mobilenet_jax.training.distill import PREPARATIONS
+from mobilenet_jax.training.losses import DIVERGENCES
 from mobilenet_jax.training.optim import OPTIMIZERS, SCHEDULES
 from mobilenet_jax.training.sharding import PARALLEL
 
@@ -77,6 +79,7 @@ _CLASSES = 1_000_000
 _EPOCHS = 1_000_000
 
 _SHARE = Rule(lambda value: _is_number(value) and 0 <= value < 1, "from 0 up to, not including, 1")
+_POSITIVE_SHARE = Rule(lambda value: _is_number(value) and 0 < value <= 1, "above 0, up to 1")
 _SWITCH = _one_of((False, True))
 _TEXT = Rule(lambda value: isinstance(value, str), "text, or empty")
 _NAME = Rule(lambda value: isinstance(value, str) and value != "", "text that is not empty")
@@ -148,7 +151,7 @@ RULES: dict[str, Rule] = {
     "data.mixup": _at_least(0, " (off)", high=1000),
     "data.cutmix": _at_least(0, " (off)", high=1000),
     "data.mix_probability": _between(0, 1),
-    "data.crop_share": Rule(lambda value: _is_number(value) and 0 < value <= 1, "above 0, up to 1"),
+    "data.crop_share": _POSITIVE_SHARE,
     "data.interpolation": _one_of(INTERPOLATIONS),
     "data.squash": _SWITCH,
     "data.mean": _numbers(3, lambda *levels: 0 <= min(levels) <= max(levels) <= 255, "3 grey levels", "grey levels"),
@@ -167,6 +170,12 @@ RULES: dict[str, Rule] = {
     "train.eval_every_epochs": _OR_NEVER,
     "train.save_every_epochs": _OR_NEVER,
     "train.keep_checkpoints": _at_least(1, high=100_000, unit="checkpoints"),
+    "train.distill.weights": _TEXT,
+    "train.distill.name": _TEXT,
+    "train.distill.prepare": _one_of(PREPARATIONS),
+    "train.distill.divergence": _one_of(DIVERGENCES),
+    "train.distill.temperature": _above(0, high=1000),
+    "train.distill.weight": _POSITIVE_SHARE,
     "optim.name": _one_of(OPTIMIZERS),
     "optim.lr_per_256": _above(0, high=_LARGE),
     "optim.schedule": _one_of(SCHEDULES),

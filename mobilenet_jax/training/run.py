@@ -177,13 +177,15 @@ def _is_other_json(data: bytes, value: dict) -> bool:
 def evaluate_run(config, workdir: str | os.PathLike) -> dict:
     """Return {"step": steps done} and exact metrics of the newest checkpoint: "eval/top1" ..., averaged "eval_ema/...".
 
-    This writes nothing, so a run may train in the workdir at the same time.
+    This writes nothing, so a run may train in the workdir at the same time. A teacher is not needed, and not loaded.
 
     Raises:
       RefusedError: the config, the data or the checkpoint does not fit.
       FileNotFoundError: the workdir has no checkpoint, and config.init names no weights.
       UnreadableImageError: an image cannot be decoded.
     """
+    config = config.copy_and_resolve_references()
+    config.train.distill.weights = ""
     try:
         setup = build(config, workdir)
         images = open_images(setup)

@@ -61,19 +61,22 @@ def make_key(seed: int, mesh: Mesh) -> jax.Array:
     return jax.jit(lambda: jax.random.key(seed), out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
 
-def shard_train_step(step: Callable, mesh: Mesh, parallel: str) -> Callable:
+def shard_train_step(step: Callable, mesh: Mesh, parallel: str, *, taught: bool = False) -> Callable:
     """Jit (state, batch, key) -> (state, metrics) over the mesh; the state is donated.
+
+    If it is `taught`, the step has a fourth argument, the variables of its teacher, which are not donated.
 
     With `jit` the step sees the global batch, so batch norm uses the statistics of all images. With `pmap` each device
     runs the step on its share, as under `jax.pmap`, and the step averages gradients over "data" itself.
     """
     everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
+    inputs = (everywhere, split, everywhere, everywhere) if taught else (everywhere, split, everywhere)
     if parallel == "pmap":
-        specs = (PartitionSpec(), PartitionSpec(AXIS), PartitionSpec())
+        specs = tuple(sharding.spec for sharding in inputs)
         step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), PartitionSpec()))
     return jax.jit(
         step,
-        in_shardings=(everywhere, split, everywhere),
+        in_shardings=inputs,
         out_shardings=(everywhere, everywhere),
         donate_argnums=0,
     )

@@ -11,6 +11,7 @@ import optax
 from flax import linen as nn
 from jax import lax
 
+from mobilenet_jax.training.distill import Distillation, ask_teacher, learn_from
 from mobilenet_jax.training.ema import update_ema
 from mobilenet_jax.training.losses import mix_batch, softmax_cross_entropy
 
@@ -47,6 +48,7 @@ class StepOptions:
     ema_decay: float = 0.0
     axis: str | None = None  # the mesh axis of a per-device step under `shard_map`
     frozen: Any = None  # a tree of bools like the parameters: where true, no gradient is computed, and it is 0
+    distill: Distillation | None = None  # what is learnt from a teacher, whose variables the step is given
 
 
 def create_state(variables: dict, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
@@ -67,6 +69,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     key: jax.Array,
+    teacher: Any = None,
     *,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -75,7 +78,9 @@ def train_step(
     """Return the state after one update on {"images" uint8 [B, H, W, C], "labels" int [B]}, and metrics.
 
     The metrics are (sum, count) over the global batch. `grad_norm` is the norm of the gradient of the trained
-    parameters before any clipping.
+    parameters before any clipping. `teacher` are the variables of the network of `options.distill`, if there is one;
+    `distill_loss` is then its term of the loss before it is weighted, and `teacher_agreement` the share of the images
+    for which the two networks give the same class.
     """
     key = jax.random.fold_in(key, state.step)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -83,8 +88,8 @@ def train_step(
         key = jax.random.fold_in(key, lax.axis_index(options.axis))
         # JAX would sum the gradients of replicated parameters over the devices. Those of varying parameters stay
         # apart, so that the mean below is the only reduction.
-        variables = _to_varying(variables, options.axis)
-    grads, batch_stats, sums = _gradients(variables, batch, key, model=model, options=options)
+        variables, teacher = _to_varying((variables, teacher), options.axis)
+    grads, batch_stats, sums = _gradients(variables, batch, key, teacher, model=model, options=options)
     if options.axis:
         grads = lax.pmean(grads, options.axis)
         # A mean of equal values may be off by a rounding. The mean of their changes is exactly 0 for frozen statistics.
@@ -101,10 +106,10 @@ def train_step(
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), sums
 
 
-def _gradients(variables: dict, batch: Batch, key: jax.Array, *, model, options: StepOptions):
+def _gradients(variables: dict, batch: Batch, key: jax.Array, teacher: Any, *, model, options: StepOptions):
     """Return (gradients of the mean loss, new statistics, metric sums), over micro-batches one after the other."""
     if options.accumulate == 1:
-        return _micro_gradients(variables, batch, key, model=model, options=options)
+        return _micro_gradients(variables, batch, key, teacher, model=model, options=options)
     n = options.accumulate
 
     def run(stats, part):
@@ -113,6 +118,7 @@ def _gradients(variables: dict, batch: Batch, key: jax.Array, *, model, options:
             {**variables, "batch_stats": stats},
             micro,
             jax.random.fold_in(key, index),
+            teacher,
             model=model,
             options=options,
         )
@@ -125,7 +131,7 @@ def _gradients(variables: dict, batch: Batch, key: jax.Array, *, model, options:
     return mean_grads, stats, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
 
 
-def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, *, model, options: StepOptions):
+def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, teacher: Any, *, model, options: StepOptions):
     mix_key, dropout_key = jax.random.split(key)
     labels = batch["labels"]
     images = normalise_images(batch["images"], options.mean, options.std)
@@ -139,6 +145,7 @@ def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, *, model, op
             cutmix=options.cutmix,
             probability=options.mix_probability,
         )
+    answers = ask_teacher(options.distill, teacher, images) if options.distill else None
 
     def loss_fn(params):
         if options.frozen is not None:
@@ -151,13 +158,16 @@ def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, *, model, op
             rngs={"dropout": dropout_key},
         )
         losses = softmax_cross_entropy(logits, targets, label_smoothing=options.label_smoothing)
-        return jnp.mean(losses), (losses, logits, updated["batch_stats"])
+        terms = {}
+        if options.distill:
+            losses, terms = learn_from(options.distill, logits, answers, labels_loss=losses)
+        return jnp.mean(losses), (losses, logits, updated["batch_stats"], terms)
 
-    grads, (losses, logits, stats) = jax.grad(loss_fn, has_aux=True)(variables["params"])
+    grads, (losses, logits, stats, terms) = jax.grad(loss_fn, has_aux=True)(variables["params"])
     count = jnp.sum(jnp.ones_like(losses))
     correct = jnp.argmax(logits, axis=-1) == labels
-    sums = {"loss": (jnp.sum(losses), count), "top1": (jnp.sum(correct.astype(jnp.float32)), count)}
-    return grads, stats, sums
+    terms = {"loss": losses, "top1": correct.astype(jnp.float32), **terms}
+    return grads, stats, {name: (jnp.sum(values), count) for name, values in terms.items()}
 
 
 def eval_step(

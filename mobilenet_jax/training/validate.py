@@ -62,10 +62,11 @@ def check_caches_features(config) -> None:
     wrong += [f"data.crop is {data.crop!r}"] if data.crop != "resize" else []
     wrong += [f"optim.freeze_epochs is {optim.freeze_epochs}"] if optim.freeze_epochs is not None else []
     wrong += ["train.recompute_stats_epochs is not 0"] if config.train.recompute_stats_epochs else []
+    wrong += ["train.distill.weights is not empty"] if config.train.distill.weights else []
     if wrong:
         raise ValueError(
             "train.cache_features sees each image once, uncropped and unchanged, by a network that stays as it is; "
-            f"{', '.join(wrong)}; valid: data.crop='resize', none for freeze_epochs, 0 or False for the others"
+            f"{', '.join(wrong)}; valid: data.crop='resize', none for freeze_epochs, 0, False or '' for the others"
         )
 
 

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from flax import traverse_util
+
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.spec import Spec
 from mobilenet_jax.models.spec_json import from_json, to_json
@@ -167,6 +170,14 @@ def format_card(card: dict, *, path: str) -> str:
 def read_imagenet_classes() -> list[str]:
     """Return the 1,000 names in the order of the classes, as in torchvision's weights."""
     return (Path(__file__).parent / "imagenet_classes.txt").read_text().splitlines()
+
+
+def hash_variables(variables: dict) -> str:
+    """Return the SHA-256, in hexadecimal digits, of the values of a tree of arrays."""
+    digest = hashlib.sha256()
+    for leaf in traverse_util.flatten_dict(variables).values():
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()
 
 
 def hash_file(path: Path) -> str:

@@ -1,7 +1,6 @@
 """Weights of any kind -> (model, variables, card): files of torchvision, timm and Keras, our own files, our runs."""
 
 import contextlib
-import hashlib
 import json
 import os
 import tempfile
@@ -21,7 +20,14 @@ from mobilenet_jax.models.network import MobileNet, create_model
 from mobilenet_jax.models.spec import Spec
 from mobilenet_jax.paths import as_path, check_reachable, is_bucket
 from mobilenet_jax.weights import WeightsError
-from mobilenet_jax.weights.card import Preprocessing, check_card, hash_file, make_card, read_imagenet_classes
+from mobilenet_jax.weights.card import (
+    Preprocessing,
+    check_card,
+    hash_file,
+    hash_variables,
+    make_card,
+    read_imagenet_classes,
+)
 from mobilenet_jax.weights.fetch import fetch, is_remote
 from mobilenet_jax.weights.hdf5 import read_hdf5
 from mobilenet_jax.weights.keras_names import KERAS
@@ -245,9 +251,6 @@ def _load_run(path: epath.Path, options: dict[str, Any]) -> tuple[MobileNet, dic
     config = meta["config"]
     section = {key.removeprefix("model."): value for key, value in config.items() if key.startswith("model.")}
     model = create_model(**{**section, "stride_one": tuple(section["stride_one"]), **options})
-    digest = hashlib.sha256()
-    for leaf in traverse_util.flatten_dict(variables).values():
-        digest.update(np.ascontiguousarray(leaf).data)
     # The config of an older run may lack a key, whose default then held.
     given = {f.name: config[f"data.{f.name}"] for f in fields(Preprocessing) if f"data.{f.name}" in config}
     card = make_card(
@@ -258,7 +261,7 @@ def _load_run(path: epath.Path, options: dict[str, Any]) -> tuple[MobileNet, dic
         spec=model.spec,
         preprocessing=Preprocessing(**given),
         class_names=meta["class_names"] if len(meta["class_names"]) == model.spec.num_classes else None,
-        source={"file": f"{path.name}, step {meta['step']}", "sha256": digest.hexdigest()},
+        source={"file": f"{path.name}, step {meta['step']}", "sha256": hash_variables(variables)},
         metrics=_read_evaluation(path, meta["step"]),
     )
     return model, variables, card

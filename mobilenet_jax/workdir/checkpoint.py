@@ -31,6 +31,7 @@ from mobilenet_jax.workdir.s3 import is_s3, upload
 
 # A run cannot be resumed with another value of these keys, because the state or the data would not fit. A name that
 # ends in a dot stands for a whole section.
+TEACHER_KEY = "train.distill.sha256"  # of the teacher's weights, which a config names by their place
 PROTECTED = (
     "seed",
     "parallel",
@@ -44,6 +45,7 @@ PROTECTED = (
     "optim.name",
     "optim.freeze",
     "optim.freeze_epochs",
+    TEACHER_KEY,
     "processes",
 )
 # These choose another formulation of the same network.
@@ -205,7 +207,8 @@ def list_differences(saved: dict, config: dict) -> list[str]:
 def read_state(workdir: epath.Path, state: Any, *, config: dict) -> tuple[Any, dict] | None:
     """Return (state, meta) of a workdir's newest finished checkpoint, without changing it; None if there is none.
 
-    A run may write there at the same time. The number of processes may differ from that of the run.
+    A run may write there at the same time. The number of processes may differ from that of the run, and the teacher may
+    be absent.
 
     Raises CheckpointMismatchError, DamagedError or CheckpointReadError.
     """
@@ -213,7 +216,7 @@ def read_state(workdir: epath.Path, state: Any, *, config: dict) -> tuple[Any, d
     while step := _agree_on_newest(directory):
         where = directory / str(step)
         try:
-            return _read_state(where, state, config, free=("processes",))
+            return _read_state(where, state, config, free=("processes", TEACHER_KEY))
         except DamagedError:
             if step in list_steps(directory):
                 raise

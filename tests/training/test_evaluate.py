@@ -15,7 +15,8 @@ from mobilenet_jax.data.sources import describe, open_source
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.training import evaluate as evaluate_module
 from mobilenet_jax.training.build import build_model
-from mobilenet_jax.training.evaluate import evaluate, evaluate_all, evaluate_weights, match_classes
+from mobilenet_jax.training.classes import match_classes
+from mobilenet_jax.training.evaluate import evaluate, evaluate_all, evaluate_weights
 from mobilenet_jax.training.sharding import make_mesh, replicate, shard_eval_step
 from mobilenet_jax.training.steps import eval_step
 from mobilenet_jax.weights.load import load_weights

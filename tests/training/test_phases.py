@@ -139,6 +139,7 @@ def test_trap_27_a_probe_continues_to_the_same_bits(finished, probe, tmp_path, m
         ("data__crop", "pad", r"data\.crop is 'pad'; valid: data\.crop='resize'"),
         ("train__recompute_stats_epochs", 1.0, r"train\.recompute_stats_epochs is not 0"),
         ("optim__freeze_epochs", 1.0, r"optim\.freeze_epochs is 1\.0"),
+        ("train__distill__weights", "w.pth", r"train\.distill\.weights is not empty; valid: .* or ''"),
         ("optim__freeze", ("^stem/",), r"trains the classifier alone; set optim\.freeze to"),
         ("optim__freeze", (), r"trains the classifier alone"),
     ],
