@@ -15,8 +15,9 @@ from typing import Any
 
 from benchmarks.transfer import run, write_results
 from mobilenet_jax.cli.config import apply_preprocessing, load_config, split_overrides
-from mobilenet_jax.cli.exit_codes import get_exit_code
+from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
 from mobilenet_jax.training.evaluate import evaluate_weights
+from mobilenet_jax.training.run import RefusedError
 from mobilenet_jax.weights.load import load_weights
 
 WAYS = ("alone", "mixed", "taught")
@@ -33,10 +34,17 @@ def make_config(way: str, *, seed: int, flags: argparse.Namespace, overrides: li
 
 
 def describe_teacher(flags: argparse.Namespace, overrides: list[str]) -> str:
-    """Return a sentence with the accuracy of the teacher, on evaluation images that are prepared as its card says."""
-    config, weights = make_config("taught", seed=0, flags=flags, overrides=overrides), load_weights(flags.teacher)
-    apply_preprocessing(config, weights[2], [])
-    found = evaluate_weights(weights, config.data)
+    """Return a sentence with the accuracy of the teacher, on evaluation images that are prepared as its card says.
+
+    Raises UsageError for weights that cannot be read or have other classes.
+    """
+    config = make_config("taught", seed=0, flags=flags, overrides=overrides)
+    try:
+        weights = load_weights(flags.teacher, config.train.distill.name or None)
+        apply_preprocessing(config, weights[2], [])
+        found = evaluate_weights(weights, config.data)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
     return f"The teacher, {weights[2]['name']}, has {100 * found['top1']:.1f}% of {found['count']:,}.\n"
 
 
@@ -66,7 +74,10 @@ def run_study(flags: argparse.Namespace, overrides: list[str]) -> int:
     for seed in range(flags.seeds):
         for way in flags.ways:
             config = make_config(way, seed=seed, flags=flags, overrides=overrides)
-            rows.append(run(way, config, flags.workdir / f"{way}_{seed}"))
+            try:
+                rows.append(run(way, config, flags.workdir / f"{way}_{seed}"))
+            except RefusedError as error:
+                raise UsageError(str(error)) from error
             ordered = sorted(rows, key=lambda row: WAYS.index(row["way"]))
             table = f"{write_results(ordered, flags.workdir)}\n{teacher}"
             (flags.workdir / "table.md").write_text(table)

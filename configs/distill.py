@@ -10,7 +10,7 @@
 
 Data sets: digits (a minute on two cores; the teacher above is V3-Large of width 0.5), folder (data.path; the teacher
 above is torchvision's V2, fine-tuned on the same images). The teacher may be anything that `load_weights` takes, with
-the classes of the data. What came of both, and of the same student alone: docs/distillation.md.
+the classes of the data. The method and figures: docs/distillation.md.
 """
 
 from typing import Any
@@ -29,17 +29,17 @@ def get_config(dataset: str = "digits"):
 
 
 def _match_functions(config) -> None:
-    """Set what 2106.05237 ("function matching") says: the same crop for both, mixed; the teacher alone, without labels.
+    """Set the method of 2106.05237, "function matching": mixed images, and the answers of the teacher alone.
 
-    It also trains much longer than usual; the lengths here suit two cores.
+    The paper also trains much longer than usual. The lengths here suit two cores.
     """
     config.train.distill.weights = "runs/teacher"
-    config.train.distill.divergence = "kl"  # sec. 3
+    config.train.distill.divergence = "kl"
     config.train.distill.temperature = 1.0  # not tuned here
-    config.train.distill.weight = 1.0  # sec. 3: no labels
+    config.train.distill.weight = 1.0  # no labels
     config.train.label_smoothing = 0.0  # for weights below 1, and for the student alone
-    config.data.mixup = 1.0  # sec. 3: a uniform share, which is Beta(1, 1)
-    config.model.dropout = 0.0  # not stated; the answers of the student are compared one by one
+    config.data.mixup = 1.0  # a uniform share, which is Beta(1, 1)
+    config.model.dropout = 0.0  # not stated; the student is too small to overfit
 
 
 def _digits(config) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import base, fashion_mnist, transfer
+from configs import base, distill, fashion_mnist, transfer
 from configs.datasets import DATASETS
 from mobilenet_jax.cli.config import load_config
 from mobilenet_jax.data.sources import DataInfo, open_source
@@ -103,6 +103,22 @@ def test_transfer_refuses_what_it_does_not_have():
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' own
+@pytest.mark.parametrize("dataset", distill.DATASETS)
+def test_distill_has_the_documented_keys_and_a_narrow_student(dataset):
+    config = distill.get_config(dataset)
+    assert config.is_locked
+    assert flatten_config(config).keys() == flatten_config(base.get_config()).keys()
+    assert (config.name, config.model.name) == (f"distill_{dataset}", "mobilenet_v3_small")
+    assert config.model.width <= 0.35
+    assert (config.train.distill.weight, config.data.mixup) == (1.0, 1.0)
+    check_config(config, device_count=1, process_count=1)
+
+
+def test_distill_refuses_what_it_does_not_have():
+    with pytest.raises(ValueError, match="no variant 'imagenet'; valid: digits, folder"):
+        distill.get_config("imagenet")
+
+
 def test_transfer_keys_that_are_none_take_overrides():
     overrides = ["--config.init=w.pth", "--config.data.mean=(1.0, 2.0, 3.0)", "--config.data.image_size=96"]
     config = load_config(f"{ROOT / 'configs' / 'transfer.py'}:folder,frozen", [*overrides, "--config.model.width=0.5"])
@@ -156,9 +172,9 @@ def test_uc_merced_trains_26901_parameters_on_70_percent(tmp_path):
 def test_recipes_load_without_jax_and_without_a_device():
     code = (
         "import sys\n"
-        "from configs import v1, v2, v3_large, v3_small, v4, transfer, fashion_mnist\n"
+        "from configs import v1, v2, v3_large, v3_small, v4, transfer, fashion_mnist, distill\n"
         "for file in (v1, v2, v3_large, v3_small, v4): file.get_config('imagenet')\n"
-        "transfer.get_config(), fashion_mnist.get_config()\n"
+        "transfer.get_config(), fashion_mnist.get_config(), distill.get_config()\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
