@@ -64,7 +64,7 @@ def make_key(seed: int, mesh: Mesh) -> jax.Array:
 def shard_train_step(step: Callable, mesh: Mesh, parallel: str, *, taught: bool = False) -> Callable:
     """Jit (state, batch, key) -> (state, metrics) over the mesh; the state is donated.
 
-    If it is `taught`, the step has a fourth argument, the variables of its teacher, which are not donated.
+    A `taught` step has a fourth argument, the variables of its teacher, which are not donated.
 
     With `jit` the step sees the global batch, so batch norm uses the statistics of all images. With `pmap` each device
     runs the step on its share, as under `jax.pmap`, and the step averages gradients over "data" itself.

@@ -145,7 +145,7 @@ def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, teacher: Any
             cutmix=options.cutmix,
             probability=options.mix_probability,
         )
-    answers = ask_teacher(options.distill, teacher, images) if options.distill else None
+    answers: Any = ask_teacher(options.distill, teacher, images) if options.distill else None
 
     def loss_fn(params):
         if options.frozen is not None:

@@ -29,9 +29,9 @@ from mobilenet_jax.workdir.reading import (
 )
 from mobilenet_jax.workdir.s3 import is_s3, upload
 
+TEACHER_KEY = "train.distill.sha256"  # of the teacher's weights, which a config names by their place
 # A run cannot be resumed with another value of these keys, because the state or the data would not fit. A name that
 # ends in a dot stands for a whole section.
-TEACHER_KEY = "train.distill.sha256"  # of the teacher's weights, which a config names by their place
 PROTECTED = (
     "seed",
     "parallel",

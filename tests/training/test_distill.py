@@ -54,8 +54,8 @@ TEMPERATURE, WEIGHT = 3.0, 0.7
 
 
 @functools.cache
-def make_variables(network: MobileNet) -> dict:
-    variables = init_variables(network, seed=len(network.spec.name))
+def make_variables(name: str) -> dict:
+    variables = init_variables({"student": STUDENT, "teacher": TEACHER}[name], seed=len(name))
     rng = np.random.default_rng(1)  # statistics that are not those of a fresh network, so that folding them matters
     variables["batch_stats"] = jax.tree.map(
         lambda leaf: np.float32(leaf + rng.uniform(0.1, 0.5, leaf.shape)), variables["batch_stats"]
@@ -84,7 +84,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def divergence_by_formula(kind: str, student: np.ndarray, teacher: np.ndarray, temperature: float) -> np.ndarray:
+def divergence_by_formula(kind: str, student: Any, teacher: Any, temperature: float) -> np.ndarray:
     """The definitions of Hinton et al. and of Lin, in double precision of the values."""
     q, p = (np.exp(log_softmax(np.asarray(logits, np.float64) / temperature)) for logits in (student, teacher))
     m = (p + q) / 2
@@ -92,7 +92,7 @@ def divergence_by_formula(kind: str, student: np.ndarray, teacher: np.ndarray, t
     return temperature**2 * (kl(p, q) if kind == "kl" else (kl(p, m) + kl(q, m)) / 2)
 
 
-def gradient_by_formula(kind: str, student: np.ndarray, teacher: np.ndarray, temperature: float) -> np.ndarray:
+def gradient_by_formula(kind: str, student: Any, teacher: Any, temperature: float) -> np.ndarray:
     """The derivatives for the student's logits, by hand: T (q - p) of kl, T q (log(q/m) - KL(q || m)) / 2 of js."""
     q, p = (np.exp(log_softmax(np.asarray(logits, np.float64) / temperature)) for logits in (student, teacher))
     if kind == "kl":
@@ -104,7 +104,7 @@ def gradient_by_formula(kind: str, student: np.ndarray, teacher: np.ndarray, tem
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("kind", ["kl", "js"])
 def test_losses_and_their_gradients_are_the_formulas(kind, temperature):
-    student, teacher = (np.random.default_rng(i).normal(0, 3, (6, 7)).astype(np.float32) for i in range(2))
+    student, teacher = (jnp.asarray(np.random.default_rng(i).normal(0, 3, (6, 7)), jnp.float32) for i in range(2))
     loss = functools.partial(distillation_loss, divergence=kind, temperature=temperature)
     want = divergence_by_formula(kind, student, teacher, temperature)
     np.testing.assert_allclose(loss(student, teacher), want, rtol=1e-4)
@@ -114,7 +114,7 @@ def test_losses_and_their_gradients_are_the_formulas(kind, temperature):
 
 @pytest.mark.parametrize("kind", ["kl", "js"])
 def test_losses_of_sure_answers_are_finite_and_of_equal_answers_zero(kind):
-    student, teacher = np.float32([[300.0, -300.0]]), np.float32([[-300.0, 300.0]])
+    student, teacher = jnp.array([[300.0, -300.0]]), jnp.array([[-300.0, 300.0]])
     loss = functools.partial(distillation_loss, divergence=kind, temperature=1.0)
     np.testing.assert_allclose(loss(student, teacher), {"kl": 600.0, "js": np.log(2)}[kind], rtol=1e-6)
     assert np.isfinite(jax.grad(lambda logits: loss(logits, teacher).sum())(student)).all()
@@ -127,11 +127,11 @@ def test_the_teacher_sees_the_same_crop_with_its_own_normalisation_and_size():
     def ask(**changes):
         return np.asarray(jax.jit(functools.partial(ask_teacher, make_distillation(**changes)))(variables, images))
 
-    variables = make_variables(TEACHER)
+    variables = make_variables("teacher")
     got = ask()
     own = normalise_images(jnp.asarray(BATCH["images"]), TEACHER_MEAN, TEACHER_STD)
     own = jax.image.resize(own, (8, TEACHER_SIZE, TEACHER_SIZE, 3), "bilinear")
-    np.testing.assert_allclose(got, jax.jit(TEACHER.apply)(make_variables(TEACHER), own), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(got, jax.jit(TEACHER.apply)(make_variables("teacher"), own), rtol=1e-3, atol=1e-3)
     # The form that folds batch norm into the kernels answers the same; what the teacher sees matters.
     np.testing.assert_allclose(ask(network=TEACHER.clone(lowering="auto")), got, rtol=1e-3, atol=1e-3)
     for changes in ({"scale": (1.0,) * 3}, {"shift": (0.0,) * 3}, {"image_size": SIZE}):
@@ -148,8 +148,8 @@ def step_once(*, devices: int = 1, parallel: str = "jit", freeze_stats: bool = F
         optimizer=optimizer,
         options=StepOptions(**settings, axis=AXIS if parallel == "pmap" else None),
     )
-    state = create_state(make_variables(STUDENT), optimizer, ema=False)
-    teacher = replicate(make_variables(TEACHER), mesh)
+    state = create_state(make_variables("student"), optimizer, ema=False)
+    teacher = replicate(make_variables("teacher"), mesh)
     arguments = (replicate(state, mesh), put_batch(BATCH, mesh), make_key(0, mesh), teacher)
     return shard_train_step(step, mesh, parallel, taught=True).lower(*arguments).compile(), arguments
 
@@ -170,9 +170,9 @@ def test_the_step_learns_from_both_and_its_gradient_is_the_hand_written_one(mixe
     assert not np.allclose(targets, onehot)
     targets = 0.9 * np.asarray(targets, np.float64) + 0.1 / CLASSES
     logits, _ = jax.jit(functools.partial(STUDENT.apply, train=True, mutable=["batch_stats"]))(
-        make_variables(STUDENT), images
+        make_variables("student"), images
     )
-    answers = jax.jit(functools.partial(ask_teacher, make_distillation()))(make_variables(TEACHER), images)
+    answers = jax.jit(functools.partial(ask_teacher, make_distillation()))(make_variables("teacher"), images)
     logits, answers = (np.asarray(values, np.float64) for values in (logits, answers))
     taught = divergence_by_formula("kl", logits, answers, TEMPERATURE)
     labels = -(targets * log_softmax(logits)).sum(-1)
@@ -199,12 +199,12 @@ def test_the_teacher_is_an_argument_of_the_compiled_step(mixed_step):
 def test_no_gradient_reaches_the_teacher():
     images = normalise_images(jnp.asarray(BATCH["images"]), MEAN, STD)
     answer = lambda variables: ask_teacher(make_distillation(), variables, images).sum()  # noqa: E731
-    gradients = jax.jit(jax.grad(answer))(make_variables(TEACHER))
+    gradients = jax.jit(jax.grad(answer))(make_variables("teacher"))
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradients))
 
 
 def test_with_weight_1_the_labels_do_not_matter():
-    logits, answers = (np.random.default_rng(i).normal(0, 3, (6, 7)).astype(np.float32) for i in range(2))
+    logits, answers = (jnp.asarray(np.random.default_rng(i).normal(0, 3, (6, 7)), jnp.float32) for i in range(2))
     learn = functools.partial(learn_from, logits=logits, answers=answers)
     losses, terms = learn(make_distillation(weight=1.0, divergence="js"), labels_loss=jnp.full(6, jnp.inf))
     np.testing.assert_allclose(losses, divergence_by_formula("js", logits, answers, TEMPERATURE), rtol=1e-4)
@@ -240,10 +240,9 @@ def test_devices_and_micro_batches_take_the_same_step(parallel, devices, accumul
 DIGITS = [str(i) for i in range(10)]
 
 
-def save_teacher(path: Path, *, seed: int = 0, names: list[str] | None = DIGITS, size: int = 20) -> Path:
+def save_teacher(path: Path, *, seed: int = 0, names: list[str] = DIGITS, size: int = 20) -> Path:
     """Write weights of a small network for the classes of the digits, in another order."""
-    count = 10 if names is None else len(names)
-    model = create_model("mobilenet_v1", width=0.1, num_classes=count, shallow=True, stride_one=(0,))
+    model = create_model("mobilenet_v1", width=0.1, num_classes=len(names), shallow=True, stride_one=(0,))
     card = make_card(
         name="wise",
         model="mobilenet_v1",
@@ -251,7 +250,7 @@ def save_teacher(path: Path, *, seed: int = 0, names: list[str] | None = DIGITS,
         convention="keras",
         spec=model.spec,
         preprocessing=Preprocessing(TEACHER_MEAN, TEACHER_STD, image_size=size),
-        class_names=names and names[::-1],
+        class_names=names[::-1],
         source={"file": "w", "sha256": "0"},
     )
     save_weights(path, model, init_variables(model, seed=seed), card)
