@@ -199,7 +199,7 @@ def test_kills_at_random_moments_leave_no_trace(tmp_path, monkeypatch):
     monkeypatch.setenv(
         "JAX_COMPILATION_CACHE_DIR", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     )
-    assert kill_resume.compare(tmp_path, kills=4, steps=40, seed=2) == 0
+    assert kill_resume.compare(tmp_path, kills=4, steps=40, seed=2, flags=[]) == 0
 
 
 # Steps that go wrong.
