@@ -347,14 +347,14 @@ def test_v2_learning_rate_is_that_of_one_worker():
 
 @pytest.mark.usefixtures("one_device", "no_figures")
 def test_hybrid_v4_on_digits_takes_steps(tmp_path, monkeypatch):
-    """With every row of its table once, which compiles in half the time."""
+    """With 11 rows of 31, which compile in a third of the time: some of each kind, and the narrowest and widest."""
     make = zoo.MODELS["mobilenet_v4_hybrid_medium"]
 
-    def make_without_repeats(**arguments):
+    def make_short(**arguments):
         spec = make(**arguments)
-        return dataclasses.replace(spec, blocks=tuple(dict.fromkeys(spec.blocks)))
+        return dataclasses.replace(spec, blocks=(*spec.blocks[:9], *spec.blocks[-2:]))
 
-    monkeypatch.setitem(zoo.MODELS, "mobilenet_v4_hybrid_medium", make_without_repeats)
+    monkeypatch.setitem(zoo.MODELS, "mobilenet_v4_hybrid_medium", make_short)
     config = get_config("v4", "hybrid_medium,digits")
     assert config.name == "mobilenet_v4_hybrid_medium_digits"
     config.model.width = 0.25

@@ -26,7 +26,7 @@ def read(path: Path) -> Any:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A file with the weights of a small network that has ImageNet's classes."""
-    model = create_model("mobilenet_v2", width=0.1, shallow=True)
+    model = create_model("mobilenet_v2", width=0.1)
     card = make_card(
         name="small",
         model="mobilenet_v2",
