@@ -4,10 +4,10 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,7 +19,7 @@ jax.config.update("jax_platforms", "cpu")
 # Compile in a quarter of the time, here and in the processes that tests start: XLA's older code generator, and no
 # threads. XLA ends a process that has a flag which it does not know, as JAX 0.11.2 does with the first. These releases
 # are those of constraints.txt and constraints-oldest.txt; with others, the tests take longer.
-if jaxlib.__version__ in ("0.7.2", "0.10.2") and "XLA_FLAGS" not in os.environ:
+if version("jaxlib") in ("0.7.2", "0.10.2") and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 jax.config.update("jax_num_cpu_devices", 8)
 # [B, C] + [C] must say which axis it means.
