@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # saves are at different steps.
 CONFIG = {
     "model.width": 0.1,
+    "model.shallow": True,
     "model.dropout": 0.2,
     "data.image_size": 16,
     "data.batch_size": 32,
