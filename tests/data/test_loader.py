@@ -217,7 +217,7 @@ from mobilenet_jax.data import loader
 
 def make(workers):
     config = base.get_config().data
-    config.update(batch_size=64, crop="pad", erasing=0.5, workers=workers)
+    config.update(batch_size=150, crop="pad", erasing=0.5, workers=workers)  # three pieces for two workers
     return loader.make_train_iterator(config, seed=3, process_index=0, process_count=1)
 
 def same(a, b):
