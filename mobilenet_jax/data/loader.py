@@ -225,6 +225,7 @@ def make_train_iterator(
       A Grain iterator of {"images": uint8[b, S, S, 3], "labels": int32[b], "skipped": int32[b]} with b =
       batch_size / process_count. `skipped` counts the unreadable images that an example replaces. The state is exact
       (see TrainIterator). With data.on_error = "stop", next() raises UnreadableImageError at an unreadable image.
+      next() raises ChildProcessError if a worker was killed.
 
     Raises:
       ValueError, FileNotFoundError: a source that `open_source` refuses.

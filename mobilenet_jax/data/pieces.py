@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import grain
 import numpy as np
-from absl import flags
+
+from mobilenet_jax.data.workers import WorkerIterator
 
 Batch = dict[str, np.ndarray]
 
@@ -53,19 +54,16 @@ class BatchIterator(Iterator[Batch]):
     def __init__(self, maker: BatchMaker, *, start: int, stop: int | None = None, workers: int, threads: int):
         self._maker, self._next, self._filled = maker, start, None if workers else _FilledBatches(maker)
         self._pieces = divide(maker.size)
-        self._running: grain.DatasetIterator[Any]
         count = len(self._pieces)
-        numbers = grain.MapDataset.range(start * count, sys.maxsize if stop is None else stop * count)
+        numbers = range(start * count, sys.maxsize if stop is None else stop * count)
+        self._running: Any
         if self._filled:
+            pieces = grain.MapDataset.range(numbers.start, numbers.stop).map(self._filled.fill)
             ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(_AHEAD * threads, count))
-            self._running = iter(numbers.map(self._filled.fill).to_iter_dataset(ahead))
-            return
-        if not flags.FLAGS.is_parsed():
-            # Grain's workers read absl flags, which are not parsed in a notebook or a test.
-            flags.FLAGS.mark_as_parsed()
-        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(_AHEAD, -(-count // workers)))
-        made = numbers.map(_MakePiece(maker)).to_iter_dataset(ahead)
-        self._running = iter(made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+            self._running = iter(pieces.to_iter_dataset(ahead))
+        else:
+            ahead = max(_AHEAD, -(-count // workers))
+            self._running = WorkerIterator(_MakePiece(maker), numbers, workers=workers, ahead=ahead)
 
     def __next__(self) -> Batch:
         if self._filled:
