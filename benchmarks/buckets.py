@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec.config
 from etils import epath
 
 from benchmarks.emulators import emulate_gcs, emulate_s3, list_missing
@@ -140,6 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("gs", "s3"), help="one kind of bucket; default: both")
     flags = parser.parse_args(argv)
+    # This process must see the checkpoints that others write, and not its first listing again.
+    fsspec.config.conf.update({name: {"use_listings_cache": False} for name in ("gs", "gcs", "s3")})
     cases = {"gs": (emulate_gcs, 2, 4, [False, True]), "s3": (emulate_s3, 1, 1, [True])}
     wrong = 0
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
