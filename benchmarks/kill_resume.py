@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from etils import epath
+
 from mobilenet_jax.workdir.checkpoint import read_checkpoint
 from mobilenet_jax.workdir.metrics import read_metrics
 
@@ -102,7 +104,7 @@ def kill_at_random(process: subprocess.Popen, workdir: Path, *, seconds: float, 
     return None
 
 
-def read_run(workdir: Path) -> dict:
+def read_run(workdir: Path | epath.Path) -> dict:
     """Return {name: value} of everything that must be equal in two runs; arrays are (dtype, shape, bytes)."""
     leaves, meta = read_checkpoint(workdir)
     steps = read_metrics(workdir)

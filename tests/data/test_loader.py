@@ -217,7 +217,7 @@ from mobilenet_jax.data import loader
 
 def make(workers):
     config = base.get_config().data
-    config.update(batch_size=64, crop="pad", erasing=0.5, workers=workers)
+    config.update(batch_size=150, crop="pad", erasing=0.5, workers=workers)  # three pieces for two workers
     return loader.make_train_iterator(config, seed=3, process_index=0, process_count=1)
 
 def same(a, b):
@@ -248,7 +248,7 @@ if __name__ == "__main__":
     print("done")
 """
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "done\n"
