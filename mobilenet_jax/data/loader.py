@@ -21,7 +21,8 @@ from mobilenet_jax.data.pieces import Batch, BatchIterator
 from mobilenet_jax.data.sources import Record, Source, eval_split, open_source
 from mobilenet_jax.data.transforms import TrainTransform, make_eval_transform, make_train_transform
 
-# A data set whose prepared images fit in this stays in memory after its first epoch.
+# A data set whose prepared images fit in this stays in memory after its first epoch. Each worker has its own copy, and
+# all copies together must fit.
 MEMORY_BYTES = 512 * 2**20
 ON_ERROR = ("stop", "skip")
 
@@ -29,9 +30,9 @@ ON_ERROR = ("stop", "skip")
 class _Reader:
     """Reads, decodes and prepares images by index, and keeps the images of a small set in memory."""
 
-    def __init__(self, source: Source, prepare: Callable[[np.ndarray], np.ndarray], *, keep: bool):
+    def __init__(self, source: Source, prepare: Callable[[np.ndarray], np.ndarray], *, copies: int):
         self.source = source
-        self._prepare, self._keep = prepare, keep
+        self._prepare, self._copies = prepare, copies  # the number of processes that keep images; 0: none does
         self._kept: dict[int, tuple[np.ndarray, int]] = {}
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
@@ -60,7 +61,7 @@ class _Reader:
 
     def _is_kept(self, size: int) -> bool:
         # Each image is judged by its own size, so that the limit holds without a lock and a running total.
-        return self._keep and size * len(self.source) <= MEMORY_BYTES
+        return self._copies > 0 and size * len(self.source) * self._copies <= MEMORY_BYTES
 
 
 class _Identity:
@@ -239,7 +240,7 @@ def make_train_iterator(
             "installation found no C compiler or no headers of libjpeg-turbo"
         )
     maker = _TrainMaker(
-        _Reader(source, transform.prepare, keep=workers == 0 and not features),
+        _Reader(source, transform.prepare, copies=0 if features else max(1, workers)),
         transform,
         blank=_make_blank(data_config, features),
         on_error=data_config.on_error,
@@ -336,9 +337,9 @@ def make_eval_batches(
     size = _round_up(data_config.eval_batch_size, math.lcm(device_count, process_count))
     source = features or source or open_source(data_config, split or eval_split(data_config))
     workers = 0 if features else data_config.workers
-    # Only the split of evaluation is read more than once.
-    keep = workers == 0 and not features and split is None
-    reader = _Reader(source, _Identity().prepare if features else make_eval_transform(data_config), keep=keep)
+    # Only the split of evaluation is read more than once, and workers end with each reading.
+    copies = int(workers == 0 and not features and split is None)
+    reader = _Reader(source, _Identity().prepare if features else make_eval_transform(data_config), copies=copies)
     maker = _EvalMaker(
         reader,
         blank=_make_blank(data_config, features),
