@@ -25,9 +25,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="--config.KEY=VALUE overrides a key of the config, as --config.train.epochs=5; "
-        "configs/base.py lists all keys",
+        "docs/config.md lists all keys",
     )
-    parser.add_argument("--config", required=True, help="a config file, with an argument as FILE:ARGUMENT")
+    parser.add_argument(
+        "--config", required=True, help="a recipe such as v2, or a config file; with an argument as v2:ARGUMENT"
+    )
     parser.add_argument(
         "--workdir",
         help="folder of checkpoints, metrics and figures, which may be gs://... or s3://...; default: runs/NAME",

@@ -24,9 +24,6 @@ from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.save import save_weights
 from mobilenet_jax.workdir.lock import lock_workdir
 
-# ml_collections loads config files by a way that Python is about to drop.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
-
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'v1.py'}"
 TINY = [
@@ -45,7 +42,6 @@ def keep_process(monkeypatch, one_device):
     """One device, and nothing of what a command sets for its process outlives the test."""
     monkeypatch.setattr(main_module, "configure_jax", lambda flags: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("config_config", None)  # where ml_collections has the last config file
     handlers, absl_logger = logging.root.handlers[:], logging.getLogger("absl")
     level = absl_logger.level
     yield
@@ -126,7 +122,7 @@ def test_a_config_file_that_is_none_is_one_sentence(capsys, tmp_path, text):
     [
         ("{}['missing']", "KeyError: 'missing'"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
-        ("open('/nowhere')", "OSError: "),
+        ("open('/nowhere')", "FileNotFoundError: "),
         ("exec('raise RuntimeError')", "RuntimeError: no message"),
     ],
 )
