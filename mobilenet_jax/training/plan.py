@@ -60,7 +60,7 @@ def warn_of_short_run(config, plan: Plan, train_count: int) -> None:
         warn_of_slow_statistics(config.model.bn_decay, plan.total_steps)
     decay, steps = config.ema.decay, plan.total_steps
     ramp = (1 + steps) / (10 + steps)  # of `ema.update_ema`
-    if ramp < decay:
+    if steps * (1 - decay) < 1:
         logging.warning(
             "ema.decay = %g averages over about %d steps, and the run has %d: the average is over the last %d",
             decay,
