@@ -39,7 +39,7 @@ def check_images(images: jax.Array, spec: Spec) -> None:
 
 def check_variables(variables: Mapping[str, Any], spec: Spec) -> None:
     """Raise ValueError, in one sentence, if a variable of the network has another shape or a parameter is missing."""
-    given = traverse_util.flatten_dict(dict(variables))
+    given: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(nn.meta.unbox(dict(variables))))
     for path, shape in variable_shapes(spec).items():
         name = "/".join(path)
         if path not in given and path[0] == "params":
