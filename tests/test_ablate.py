@@ -89,7 +89,7 @@ def refuse(capsys, *argv: str) -> str:
         ([f"--config={ROOT}/configs/v2.py"], "has no sweep(): it is the config of a run, not of a study"),
         ([f"{SHORTCUT[: -len(':digits')]}:mnist"], "there is no variant 'mnist'; valid: digits, fashion_mnist"),
         ([SHORTCUT, "--config.model.shortcut=none"], "--config.model.shortcut cannot be set: variant expansion of"),
-        ([SHORTCUT, "--config.model.width=-1"], "width is -1.0; valid: finite, above 0"),
+        ([SHORTCUT, "--config.model.width=-1"], "width is -1.0; valid: a number, finite and above 0"),
         ([SHORTCUT, "--config.data.image_size=0"], "too small"),
         ([SHORTCUT.replace("digits", "fashion_mnist"), "--config.data.data_dir=/nowhere"], "tfds build fashion_mnist"),
     ],
