@@ -104,7 +104,6 @@ def test_transfer_refuses_what_it_does_not_have():
         transfer.get_config("folder,half")
 
 
-@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' own
 def test_transfer_keys_that_are_none_take_overrides():
     overrides = ["--config.init=w.pth", "--config.data.mean=(1.0, 2.0, 3.0)", "--config.data.image_size=96"]
     config = load_config(f"{ROOT / 'configs' / 'transfer.py'}:folder,frozen", [*overrides, "--config.model.width=0.5"])
