@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.width = 1.0  # width multiplier; the paper and the convention of the model define its rounding
     model.convention = "keras"  # keras | timm | timm_tf | torchvision: padding, epsilon, width rule, head
     model.num_classes = placeholder(int)  # none: the number of classes of the data set
+    model.in_channels = placeholder(int)  # channels of an image; none: 3, which all data sources give
     model.lowering = "auto"  # auto: the fastest program for the platform | plain: the program of a textbook
     model.depthwise_impl = "auto"  # auto | feature_group_count | shifted_sum
     model.dtype = "float32"  # float32 | bfloat16, for computation; parameters and statistics are always float32

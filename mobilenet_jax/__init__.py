@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from mobilenet_jax.weights.load import load_weights
     from mobilenet_jax.weights.save import save_weights
 
-__all__ = ["create_model", "init_variables", "load_weights", "save_weights"]
+__version__ = "0.1.0"  # pyproject.toml reads it here
+__all__ = ["__version__", "create_model", "init_variables", "load_weights", "save_weights"]
 
 _MODULES = {
     "create_model": "mobilenet_jax.models.network",

@@ -31,7 +31,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "variant sets cannot be overridden",
     )
     parser.add_argument(
-        "--config", required=True, help="a study in configs/ablations; FILE:DATASET chooses the data set"
+        "--config",
+        required=True,
+        help="a study such as linear_bottleneck, or a config file; STUDY:DATASET chooses the data set",
     )
     parser.add_argument("--workdir", help="folder for runs, table and figure; default: runs/ablations/NAME")
     parser.add_argument("--seeds", type=int, default=3, help="number of runs of each variant; default: 3")

@@ -4,6 +4,8 @@ The same command continues a run that was stopped, and prints the result of a ru
 """
 
 import argparse
+import io
+import itertools
 import json
 import sys
 import time
@@ -25,14 +27,22 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="--config.KEY=VALUE overrides a key of the config, as --config.train.epochs=5; "
-        "configs/base.py lists all keys",
+        "docs/config.md lists all keys",
     )
-    parser.add_argument("--config", required=True, help="a config file, with an argument as FILE:ARGUMENT")
+    parser.add_argument(
+        "--config", required=True, help="a recipe such as v2, or a config file; with an argument as v2:ARGUMENT"
+    )
     parser.add_argument(
         "--workdir",
         help="folder of checkpoints, metrics and figures, which may be gs://... or s3://...; default: runs/NAME",
     )
-    parser.add_argument("--mode", choices=("train", "eval"), default="train", help="default: train")
+    parser.add_argument(
+        "--mode",
+        choices=("train", "eval", "check"),
+        default="train",
+        help="train; eval: evaluate the newest checkpoint; check: read every image of the data once and report the bad "
+        "ones; default: train",
+    )
     parser.add_argument(
         "--profile",
         type=_parse_steps,
@@ -97,7 +107,7 @@ def evaluate_weights(flags: argparse.Namespace, config, workdir: str, overrides:
         if is_first := jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomic(path, result)
-    except UnreadableImageError:
+    except (UnreadableImageError, ChildProcessError):
         raise
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
@@ -106,12 +116,41 @@ def evaluate_weights(flags: argparse.Namespace, config, workdir: str, overrides:
     return json.dumps(result)
 
 
+def check_images(config) -> int:
+    """Read every image of the config's data once; print the bad ones and their number; return the exit code."""
+    from tqdm import tqdm
+
+    from mobilenet_jax.data.check import read_all
+    from mobilenet_jax.data.sources import describe_split, open_splits
+    from mobilenet_jax.training.progress import Progress
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names are any bytes
+    try:
+        splits = open_splits(config.data)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    bad, total = 0, sum(map(len, splits))
+    for source in splits:
+        print(describe_split(source), file=sys.stderr)
+    with Progress(total, steps_per_epoch=None, batch_size=1, active=True) as progress:
+        for done, problem in enumerate(itertools.chain(*map(read_all, splits)), start=1):
+            if problem:
+                bad += 1
+                tqdm.write(problem, file=sys.stdout)
+            progress.update(done, {})
+    print(f"{total:,} images were read; {bad:,} of them are bad", flush=True)
+    return 1 if bad else 0
+
+
 def run(flags: argparse.Namespace, overrides: list[str]) -> int:
     """Do what the command line says; return the exit code. Raises UsageError for a command that cannot be obeyed."""
     config = load_config(flags.config, overrides)
     if flags.weights and flags.mode != "eval":
         raise UsageError("--weights is for --mode=eval; training starts from --config.init")
     show_own_messages()
+    if flags.mode == "check":
+        return check_images(config)
     configure_jax(flags)
     from mobilenet_jax.data.decode import UnreadableImageError
     from mobilenet_jax.training.failures import FailureWatch

@@ -19,9 +19,6 @@ from mobilenet_jax.studies.report import COLUMNS_OF_TIME
 from mobilenet_jax.studies.study import RunKey
 from mobilenet_jax.workdir.metrics import MetricsWriter
 
-# ml_collections loads config files with a method that Python has deprecated.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
-
 ROOT = Path(__file__).resolve().parents[1]
 SHORTCUT = f"--config={ROOT / 'configs' / 'ablations' / 'shortcut.py'}:digits"
 FILES = ("results.csv", "table.md", "figure.png")
@@ -62,7 +59,6 @@ def keep_process(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(ablate, "configure_memory", lambda folder: "")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("config_config", None)  # the last config file that ml_collections loaded
     handlers, absl_logger = logging.root.handlers[:], logging.getLogger("absl")
     level = absl_logger.level
     yield
@@ -93,7 +89,7 @@ def refuse(capsys, *argv: str) -> str:
         ([f"--config={ROOT}/configs/v2.py"], "has no sweep(): it is the config of a run, not of a study"),
         ([f"{SHORTCUT[: -len(':digits')]}:mnist"], "there is no variant 'mnist'; valid: digits, fashion_mnist"),
         ([SHORTCUT, "--config.model.shortcut=none"], "--config.model.shortcut cannot be set: variant expansion of"),
-        ([SHORTCUT, "--config.model.width=-1"], "width is -1.0; valid: finite, above 0"),
+        ([SHORTCUT, "--config.model.width=-1"], "width is -1.0; valid: a number, finite and above 0"),
         ([SHORTCUT, "--config.data.image_size=0"], "too small"),
         ([SHORTCUT.replace("digits", "fashion_mnist"), "--config.data.data_dir=/nowhere"], "tfds build fashion_mnist"),
     ],

@@ -22,9 +22,6 @@ STUDIES = sorted(path.stem for path in (ROOT / "configs" / "ablations").glob("*.
 with open(ROOT / "tests" / "models" / "architectures.csv", newline="") as _file:
     KERAS = [row for row in csv.DictReader(_file) if row["framework"] == "keras"]
 
-# ml_collections loads config files by a way that Python is about to drop.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
-
 
 def make_study(name: str, dataset: str = "digits") -> Study:
     module = importlib.import_module(f"configs.ablations.{name}")

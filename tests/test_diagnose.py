@@ -18,8 +18,6 @@ from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
 from mobilenet_jax.workdir.metrics import read_metrics
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:

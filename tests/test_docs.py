@@ -1,7 +1,7 @@
 """The documents: commands run or say what they need; flags, keys, files, imports and tests that a page names exist."""
 
 import ast
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from configs import base
+from mobilenet_jax.__main__ import COMMANDS as CONSOLE
 from mobilenet_jax.cli.config import load_config, split_overrides
 from mobilenet_jax.training.config import flatten_config
 
@@ -79,6 +80,8 @@ def split_commands(text: str) -> list[str]:
 
 def parse_command(block: Block, text: str) -> Command | None:
     words = shlex.split(text, comments=True)
+    if words[0] == "mobilenet-jax":
+        return Command(block, f"mobilenet_jax.{CONSOLE[words[1]][0]}", words[2:])
     if words[:2] == ["python", "-m"]:
         return Command(block, words[2], words[3:])
     if words[0] == "python" and words[1].endswith(".py"):
@@ -130,13 +133,20 @@ def make_clone(folder: Path) -> None:
         for i in range(2):
             pixels = rng.integers(0, 255, (40, 30, 3), np.uint8)
             Image.fromarray(pixels).save(folder / "photographs" / name / f"{i}.png")
+    (text,) = [block.text for block in PYTHON if block.page == "docs/own_config.md" and "def get_config" in block.text]
+    (folder / "my_config.py").write_text(text)
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """{what was run: (exit code, output)}: every run of the pages in a light form, every snippet, every --help."""
+def clone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     make_clone(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(clone):
+    """{what was run: (exit code, output)}: every run of the pages in a light form, every snippet, every --help."""
     training = [c for c in RUNS if c.module == "mobilenet_jax.main"]
     others = [c for c in RUNS if c.module != "mobilenet_jax.main"]
     asked = {(c.module, *c.arguments): [c.module, *c.arguments, *LIGHT.get(c.module, [])] for c in (*training, *others)}
@@ -144,7 +154,7 @@ def answers(tmp_path_factory):
     asked |= {(c.module, "--help"): [c.module, "--help"] for c in COMMANDS}
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
-        cwd=folder,
+        cwd=clone,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""},
         input=json.dumps(list(asked.values())),
         capture_output=True,
@@ -178,10 +188,10 @@ def test_snippets_end_well(answers, block):
     assert code == 0, f"{block.place}: {code}\n{output}"
 
 
-@pytest.mark.filterwarnings("ignore:the load_module")  # absl's
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.block.place)
-def test_flags_and_keys_of_commands_exist(answers, command, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_flags_and_keys_of_commands_exist(answers, clone, command, monkeypatch):
+    monkeypatch.chdir(clone)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     code, usage = answers[command.module, "--help"]
     assert code == 0, usage
     arguments, overrides = split_overrides(command.arguments)
@@ -209,7 +219,8 @@ def test_imports_of_python_blocks_resolve(block):
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(str(node.module))
-            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+            names = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert [name for name in names if not importlib.util.find_spec(f"{node.module}.{name}")] == []
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 importlib.import_module(alias.name)

@@ -24,9 +24,6 @@ from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.save import save_weights
 from mobilenet_jax.workdir.lock import lock_workdir
 
-# ml_collections loads config files by a way that Python is about to drop.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
-
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'v1.py'}"
 TINY = [
@@ -45,7 +42,6 @@ def keep_process(monkeypatch, one_device):
     """One device, and nothing of what a command sets for its process outlives the test."""
     monkeypatch.setattr(main_module, "configure_jax", lambda flags: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("config_config", None)  # where ml_collections has the last config file
     handlers, absl_logger = logging.root.handlers[:], logging.getLogger("absl")
     level = absl_logger.level
     yield
@@ -59,7 +55,9 @@ def refuse(capsys, *argv: str) -> str:
     captured = capsys.readouterr()
     assert captured.out == ""
     *notes, said = captured.err.splitlines()
-    assert all(re.match(r"workdir: |optim\.|model\.bn_decay = ", note) for note in notes)
+    assert all(
+        re.match(r"workdir: |optim\.|model\.bn_decay = |ema\.decay = |\S+ (train|test): ", note) for note in notes
+    )
     return said
 
 
@@ -126,7 +124,7 @@ def test_a_config_file_that_is_none_is_one_sentence(capsys, tmp_path, text):
     [
         ("{}['missing']", "KeyError: 'missing'"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
-        ("open('/nowhere')", "OSError: "),
+        ("open('/nowhere')", "FileNotFoundError: "),
         ("exec('raise RuntimeError')", "RuntimeError: no message"),
     ],
 )
@@ -190,6 +188,30 @@ def test_errors_of_the_program_itself_are_not_hidden(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="a mistake in the code") as error:
         main([CONFIG, f"--workdir={tmp_path}", *TINY])
     assert not isinstance(error.value, UsageError)
+
+
+# A check of the images.
+
+
+def test_every_image_is_read_once_and_the_bad_ones_are_reported(capsys, tmp_path, monkeypatch, write_images):
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            write_images(tmp_path / split / label, 3)
+    command = [CONFIG, "--mode=check", "--config.data.source=folder", "--config.data.path", str(tmp_path)]
+    monkeypatch.setattr(main_module, "configure_jax", lambda flags: pytest.fail("JAX is not needed"))
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "12 images were read; 0 of them are bad\n"
+    assert f"{tmp_path} train: 6 images in 2 classes, the smallest class is a with 3\n" in captured.err
+    (tmp_path / "train" / "b" / "01.png").write_bytes(b"no image")
+    cut = tmp_path / "test" / "a" / "02.png"
+    cut.write_bytes(cut.read_bytes()[:200])
+    assert main(command) == 1
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert str(tmp_path / "train" / "b" / "01.png") in first
+    assert str(cut) in second
+    assert last == "12 images were read; 2 of them are bad"
+    assert refuse(capsys, *command[:3], "--config.data.path=/nowhere").startswith("data.path is '/nowhere'; valid: ")
 
 
 # A run from the command line.

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
+from mobilenet_jax.__main__ import COMMANDS as CONSOLE
+
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = f"--config={ROOT}/configs/ablations/shortcut.py:digits"
 # Each of these takes a noticeable part of a second, or several.
@@ -19,6 +21,7 @@ COMMANDS = [
     ("mobilenet_jax.diagnose", "--weights", {"numpy", "PIL", "matplotlib"}),
     ("mobilenet_jax.predict", "--batch_size", {"numpy", "PIL", "matplotlib"}),
     ("mobilenet_jax.summary", "--diff A B", {"numpy", "PIL", "matplotlib"}),
+    ("mobilenet_jax", "--version", {"numpy", "PIL", "matplotlib"}),
     ("benchmarks.speed", "--python_torch", {"numpy", "PIL", "matplotlib"}),
     ("benchmarks.manifold", "--seeds", {"numpy", "PIL", "matplotlib"}),
 ]
@@ -53,9 +56,17 @@ def test_trap_35_help_imports_nothing_slow(module, said, unneeded):
 
 
 def test_every_command_of_the_package_is_tested():
-    commands = {f"mobilenet_jax.{path.stem}" for path in (ROOT / "mobilenet_jax").glob("*.py")}
-    modules = {"mobilenet_jax.__init__", "mobilenet_jax.paths", "mobilenet_jax.plots"}
-    assert commands - modules == {module for module, *_ in COMMANDS if module.startswith("mobilenet_jax.")}
+    stems = {path.stem for path in (ROOT / "mobilenet_jax").glob("*.py")} - {"__init__", "__main__", "paths", "plots"}
+    assert stems == {module.removeprefix("mobilenet_jax.") for module, *_ in COMMANDS if "mobilenet_jax." in module}
+    assert stems == {module for module, *_ in CONSOLE.values()}
+
+
+@pytest.mark.parametrize(("command", "said"), [("train", "--workdir"), ("summary", "--diff A B")])
+def test_the_console_script_passes_the_arguments_on(command, said):
+    answer = start("mobilenet_jax", command, "--help")
+    assert (answer.code, answer.err) == (0, "")
+    assert said in answer.out
+    assert not answer.imported & (SLOW | {"numpy", "PIL", "matplotlib"})
 
 
 @pytest.mark.parametrize(

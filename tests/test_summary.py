@@ -55,7 +55,7 @@ def test_list(capsys):
             ["mobilenet_v2", "--convention=torch"],
             "convention is 'torch'; valid: keras, timm, timm_tf, torchvision",
         ),
-        (["mobilenet_v2", "--width=-1"], "width is -1.0; valid: finite, above 0"),
+        (["mobilenet_v2", "--width=-1"], "width is -1.0; valid: a number, finite and above 0"),
         (["mobilenet_v2", "--num_classes=-1"], "num_classes is -1; valid: 0 (no classifier) or more"),
         (
             ["mobilenet_v1", "--resolution=16"],

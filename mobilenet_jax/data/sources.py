@@ -3,24 +3,18 @@
 A source is a sequence of records. It reads an image only when that record is asked for; `decode.py` decodes it.
 """
 
-import hashlib
 import importlib.resources
-import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from etils import epath
 
 from mobilenet_jax.data.decode import UnreadableImageError
-from mobilenet_jax.paths import as_path, is_bucket
+from mobilenet_jax.data.folders import format_ignored, list_split
 
 SPLITS = ("train", "test", "holdout")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-
-Folder = Path | epath.Path  # on a disk, or in a bucket
 
 
 class Record(NamedTuple):
@@ -56,8 +50,8 @@ def open_source(data_config, split: str) -> Source:
 
     `holdout` is the share data.holdout of the training images. It has the same images for every seed of a run. `train`
     is the rest. `test` of a TFDS set is its test split, or its validation split if there is no test split or its labels
-    are withheld. `test` of a folder is its folder test, or its folder val, or otherwise a fifth of the files, chosen by
-    a hash of CLASS/FILE.
+    are withheld. `test` of a folder is its folder test, or its folder val, or otherwise about a fifth of each class,
+    chosen by a hash (see `folders.list_split`).
 
     Args:
       data_config: config.data of configs/base.py.
@@ -118,18 +112,30 @@ def describe(data_config) -> DataInfo:
     return open_splits(data_config).describe()
 
 
+def describe_split(source: Source) -> str:
+    """Describe a split in one line: images, classes and, for a folder, the smallest class and what was ignored."""
+    text = f"{source.name}: {len(source):,} images in {len(source.class_names):,} classes"
+    whole, indices = (source.whole, source.indices) if isinstance(source, _Part) else (source, range(len(source)))
+    if not isinstance(whole, _Folder):
+        return text
+    counts = Counter(whole.get_label(int(index)) for index in indices)
+    count, name = min((counts[label], name) for label, name in enumerate(source.class_names))
+    ignored = f"; ignored: {format_ignored(whole.ignored)}" if whole.ignored else ""
+    return f"{text}, the smallest class is {name} with {count:,}{ignored}"
+
+
 class _Part:
     """The records of a source at the given indices."""
 
     def __init__(self, source: Source, indices: np.ndarray, *, name: str):
         self.name, self.class_names = name, source.class_names
-        self._source, self._indices = source, indices
+        self.whole, self.indices = source, indices
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Record:
-        return self._source[int(self._indices[index])]
+        return self.whole[int(self.indices[index])]
 
 
 def _part(source: Source, split: str, share: float) -> Source:
@@ -201,27 +207,10 @@ class _Folder:
     def __init__(self, data_config, argument: str, split: str):
         if argument:
             raise ValueError(f"data.source is 'folder:{argument}'; valid: folder, with the path in data.path")
-        root: Folder = as_path(data_config.path)
-        if not is_bucket(root):
-            root = Path(root)
-        if not data_config.path or not root.is_dir():
-            raise FileNotFoundError(
-                f"data.path is {data_config.path!r}; valid: a folder of train/CLASS/*.jpg or of CLASS/*.jpg"
-            )
-        if (root / "train").is_dir() and _subfolders(root / "train"):
-            files = _list_split(root, split)
-        else:  # one folder, in which a class may be called train
-            files = {
-                label: [file for file in paths if _is_test(file) == (split == "test")]
-                for label, paths in _list_classes(root).items()
-            }
-        self.name = f"{root} {split}"
+        files, self.ignored = list_split(data_config.path, split)
+        self.name = f"{data_config.path} {split}"
         self.class_names = tuple(files)
         self._files = [(file, label) for label, paths in enumerate(files.values()) for file in paths]
-        if not self._files:
-            raise ValueError(
-                f"data.path is {str(root)!r}, which has no image for its {split} split; valid: at least one"
-            )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -235,56 +224,9 @@ class _Folder:
         except OSError as error:
             raise UnreadableImageError(f"{file} cannot be read: {error}") from error
 
-
-def _list_split(root: Folder, split: str) -> dict[str, list[Folder]]:
-    """List the files of root/train, or of root/test or root/val; both folders must have the same classes."""
-    test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if test_root is None:
-        if split == "train":
-            return _list_classes(root / "train")
-        raise ValueError(
-            f"data.path is {str(root)!r}, which has train/ but neither test/ nor val/; valid: one of them, or "
-            "data.holdout above 0"
-        )
-    names, test_names = ({folder.name for folder in _subfolders(part)} for part in (root / "train", test_root))
-    if odd := sorted(names ^ test_names):
-        raise ValueError(
-            f"data.path is {str(root)!r}, where only one of train/ and {test_root.name}/ has {', '.join(odd)}; valid: "
-            "the same class folders in both"
-        )
-    return _list_classes(root / "train" if split == "train" else test_root)
-
-
-def _list_classes(root: Folder) -> dict[str, list[Folder]]:
-    """List the image files of each class folder of `root`; classes and files are sorted by name."""
-    classes = {folder.name: sorted(file for file in folder.iterdir() if is_image(file)) for folder in _subfolders(root)}
-    if not classes:
-        raise ValueError(f"data.path: {root} has no class folders; valid: CLASS/*.jpg, one folder per class")
-    for name, files in classes.items():
-        if not files:
-            raise ValueError(
-                f"data.path: the class folder {root / name} has no image; valid: files ending in {', '.join(SUFFIXES)}"
-            )
-    return classes
-
-
-def _subfolders(root: Folder) -> list[Folder]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def is_image(file: Folder) -> bool:
-    """Return whether a file is an image by its name."""
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")  # macOS leaves ._NAME.jpg
-
-
-def _is_test(file: Folder) -> bool:
-    """Return whether a file of an unsplit folder is a test image, which a fifth is, by the hash of CLASS/FILE.
-
-    The answer does not change when files are added. It does not depend on the machine either: names are brought to NFC,
-    because file systems compose accents differently.
-    """
-    name = unicodedata.normalize("NFC", f"{file.parent.name}/{file.name}")
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < 2**64 / 5
+    def get_label(self, index: int) -> int:
+        """Return the label of an image without reading the image."""
+        return self._files[index][1]
 
 
 class _Tfds:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mobilenet_jax.data.decode import UnreadableImageError, decode_image
-from mobilenet_jax.data.sources import SUFFIXES, is_image
+from mobilenet_jax.data.folders import SUFFIXES, is_image
 from mobilenet_jax.data.transforms import EvalTransform
 
 

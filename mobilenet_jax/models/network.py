@@ -2,16 +2,18 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import traverse_util
 
 from mobilenet_jax.models.activations import ACTIVATIONS
 from mobilenet_jax.models.blocks import Chain, ResidualBlock
 from mobilenet_jax.models.cpu import IMPLEMENTATIONS
+from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.layers import LOWERINGS, Conv, ConvNorm, Dense, Layers, Norm, PlainNorm, spatial_mean
 from mobilenet_jax.models.ops import DenseOp, PooledConvOp
 from mobilenet_jax.models.spec import Conv as ConvRow
@@ -20,6 +22,35 @@ from mobilenet_jax.models.zoo import make_spec
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 PRECISIONS = ("default", "high", "highest")
+
+
+def check_images(images: jax.Array, spec: Spec) -> None:
+    """Raise ValueError, in one sentence, unless images are floats [B, H, W, C] with the channels of the network."""
+    if images.ndim != 4 or images.shape[-1] != spec.in_channels or images.shape[0] == 0:
+        raise ValueError(
+            f"images are {images.shape}; valid: [batch, height, width, {spec.in_channels}] with a batch of 1 or more"
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images are {images.dtype}; valid: floats that are normalised as the weights expect, (images - mean) / "
+            'std, with the mean and std of card["preprocessing"] (load_weights returns the card)'
+        )
+
+
+def check_variables(variables: Mapping[str, Any], spec: Spec) -> None:
+    """Raise ValueError, in one sentence, if a variable of the network has another shape or a parameter is missing."""
+    given: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(nn.meta.unbox(dict(variables))))
+    for path, shape in variable_shapes(spec).items():
+        name = "/".join(path)
+        if path not in given and path[0] == "params":
+            problem = f"have no {name}"
+        elif path in given and jnp.shape(given[path]) != shape:
+            problem = f"have {name} of {jnp.shape(given[path])} where the network has {shape}"
+        else:
+            continue
+        raise ValueError(
+            f"the variables {problem}; valid: variables of a {spec.name} with the same width, classes and options"
+        )
 
 
 class MobileNet(nn.Module):
@@ -54,17 +85,29 @@ class MobileNet(nn.Module):
 
         With num_classes=0, returns the vector that a classifier would see. With `features`, names of `spec.taps()`,
         returns a pair: the logits, and a dict of the maps by name. Training mode updates `batch_stats` (make them
-        mutable) and draws from the key "dropout". Raises ValueError for images of another shape and for unknown
-        feature names.
+        mutable) and draws from the key "dropout". Raises ValueError for images of another shape, for images that are
+        integers, for unknown feature names, and for variables of another network. Raises TypeError for forward-mode
+        derivatives unless `lowering` is "plain".
         """
-        spec = self.spec
-        if images.ndim != 4 or images.shape[-1] != spec.in_channels:
-            raise ValueError(f"images are {images.shape}; valid: [batch, height, width, {spec.in_channels}]")
-        taps = spec.taps()
+        check_images(images, self.spec)
+        if isinstance(features, str):
+            raise ValueError(f"features is {features!r}; valid: a tuple of names: features=({features!r},)")
+        taps = self.spec.taps()
         for name in features:
             check_choice("feature", name, tuple(taps))
-        with contextlib.nullcontext() if self.precision == "default" else jax.default_matmul_precision(self.precision):
-            maps, logits = self._run(images, train=train)
+        if not self.is_initializing():
+            check_variables(self.variables, self.spec)
+        precise = self.precision != "default"
+        with jax.default_matmul_precision(self.precision) if precise else contextlib.nullcontext():
+            try:
+                maps, logits = self._run(images, train=train)
+            except TypeError as error:
+                if self.lowering == "auto" and "custom_vjp" in str(error) and "forward-mode" in str(error):
+                    raise TypeError(
+                        "forward-mode derivatives (jvp, jacfwd, hessian, linearize) need lowering='plain': "
+                        "create_model(..., lowering='plain') takes the same variables"
+                    ) from error
+                raise
         return (logits, {name: maps[taps[name]] for name in features}) if features else logits
 
     def _run(self, images: jax.Array, *, train: bool) -> tuple[dict[str, jax.Array], jax.Array]:

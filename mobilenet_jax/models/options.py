@@ -210,6 +210,13 @@ def with_output_stride(spec: Spec, output_stride: int) -> Spec:
     return replace(spec, blocks=tuple(blocks))
 
 
+def with_in_channels(spec: Spec, channels: int) -> Spec:
+    """Give the stem another number of input channels; 3 are red, green and blue."""
+    if channels < 1:
+        raise ValueError(f"in_channels is {channels}; valid: 1 or more")
+    return replace(spec, in_channels=channels)
+
+
 def _with_field(field: str) -> Callable[..., Spec]:
     return lambda spec, value: replace(spec, **{field: value})
 
@@ -232,6 +239,7 @@ OPTIONS: dict[str, Callable[..., Spec]] = {
     "head_width": with_head_width,
     "stride_one": with_stride_one,
     "output_stride": with_output_stride,
+    "in_channels": with_in_channels,
     "init": _with_field("init"),
     "dropout": _with_field("dropout"),
     "drop_path": _with_field("drop_path"),

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral, Real
 
 from mobilenet_jax.models import edgetpu, v1, v2, v3, v4
 from mobilenet_jax.models.options import apply_options
@@ -41,7 +42,9 @@ def make_spec(
     """
     check_choice("model name", name, tuple(MODELS))
     check_choice("convention", convention, CONVENTIONS)
-    if not 0 < width < math.inf:
-        raise ValueError(f"width is {width}; valid: finite, above 0")
+    if not (isinstance(width, Real) and 0 < width < math.inf):
+        raise ValueError(f"width is {width!r}; valid: a number, finite and above 0")
+    if not isinstance(num_classes, Integral):
+        raise ValueError(f"num_classes is {num_classes!r}; valid: 0 (no classifier), or the number of classes")
     spec = MODELS[name](width=width, convention=convention)
     return apply_options(replace(spec, num_classes=num_classes), **options)

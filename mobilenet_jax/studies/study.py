@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mobilenet_jax.cli.config import load_config
+from mobilenet_jax.cli.config import load_config, run_config_file
 from mobilenet_jax.models.cost import Cost, compute_cost
 from mobilenet_jax.models.spec import Spec, check_choice
 from mobilenet_jax.models.zoo import make_spec
@@ -88,7 +87,7 @@ class Study:
 
 
 def load_study(path: str, overrides: list[str]) -> Study:
-    """Load the study of a config file `path[:argument]`, with overrides applied to its base config.
+    """Load the study of `path[:argument]`, a config file or the name of a study, with overrides of its base config.
 
     Raises ValueError, in one sentence, for a mistake in the file or in the overrides, and for an override of a key
     that a variant sets.
@@ -106,11 +105,8 @@ def read_study(path: str, config) -> Study:
 
     Raises ValueError, in one sentence, if the file has no sweep or an invalid one.
     """
-    file = path.split(":")[0]
-    sweep = runpy.run_path(file).get("sweep")
-    if sweep is None:
-        raise ValueError(f"{file} has no sweep(): it is the config of a run, not of a study")
-    given = sweep()
+    file = path.partition(":")[0]
+    given = run_config_file(path, "sweep")
     if not isinstance(given, dict) or not {*_NEEDED} <= given.keys() <= {*_NEEDED, *_OPTIONAL}:
         needed, optional = ", ".join(_NEEDED), ", ".join(_OPTIONAL)
         raise ValueError(f"sweep() of {file} must return a dict with {needed}, and optionally {optional}")

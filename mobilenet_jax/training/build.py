@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import optax
+from absl import logging
 from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from mobilenet_jax.data.sources import DataInfo, Splits, open_splits
+from mobilenet_jax.data.sources import DataInfo, Splits, describe_split, open_splits
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.network import MobileNet, create_model
@@ -21,7 +22,7 @@ from mobilenet_jax.models.spec import Spec
 from mobilenet_jax.paths import as_path, check_reachable
 from mobilenet_jax.training.config import flatten_config, follow_card
 from mobilenet_jax.training.optim import find_frozen, make_optimizer, make_schedule
-from mobilenet_jax.training.plan import Plan, make_plan, warn_of_slow_statistics
+from mobilenet_jax.training.plan import Plan, make_plan, warn_of_short_run
 from mobilenet_jax.training.sharding import make_mesh
 from mobilenet_jax.training.teacher import Teacher, load_teacher
 from mobilenet_jax.training.validate import check_config, check_trains_classifier_alone
@@ -65,11 +66,12 @@ def build(config, workdir: str | os.PathLike) -> Setup:
     mesh = make_mesh()
     check_config(config, device_count=mesh.size, process_count=jax.process_count())
     splits = open_splits(config.data)
+    for source in splits:
+        logging.info("%s", describe_split(source))
     info = splits.describe()
     model = build_model(config, info)
     plan = make_plan(config, info.train_count)
-    if not config.train.freeze_stats and not plan.stats_batches:
-        warn_of_slow_statistics(config.model.bn_decay, plan.total_steps)
+    warn_of_short_run(config, plan, info.train_count)
     schedule, optimizer, frozen = build_optimizer(config, model.spec, plan)
     teacher = load_teacher(config, model.spec, info)
     derived = {
@@ -106,6 +108,11 @@ def build_model(config, info: DataInfo) -> MobileNet:
     if options["num_classes"] < info.num_classes:
         raise ValueError(
             f"model.num_classes is {options['num_classes']}; {config.data.source} has {info.num_classes} classes"
+        )
+    if options["in_channels"] not in (None, 3):
+        raise ValueError(
+            f"model.in_channels is {options['in_channels']}; valid: 3, or none, because every data source gives images "
+            "of 3 channels, grey ones too (in Python, create_model(in_channels=...) builds the network for other data)"
         )
     model = create_model(**options, freeze_stats=config.train.freeze_stats)
     try:

@@ -45,6 +45,31 @@ def make_plan(config, train_count: int) -> Plan:
     )
 
 
+def warn_of_short_run(config, plan: Plan, train_count: int) -> None:
+    """Log a warning for a batch larger than the training set, and for averages longer than the run.
+
+    The schedule warns of a warm-up that outlasts the run.
+    """
+    if config.data.batch_size > train_count:
+        logging.warning(
+            "data.batch_size = %d is larger than the training set of %d images: each batch has images more than once",
+            config.data.batch_size,
+            train_count,
+        )
+    if not config.train.freeze_stats and not plan.stats_batches:
+        warn_of_slow_statistics(config.model.bn_decay, plan.total_steps)
+    decay, steps = config.ema.decay, plan.total_steps
+    ramp = (1 + steps) / (10 + steps)  # of `ema.update_ema`
+    if steps * (1 - decay) < 1:
+        logging.warning(
+            "ema.decay = %g averages over about %d steps, and the run has %d: the average is over the last %d",
+            decay,
+            round(1 / (1 - decay)),
+            steps,
+            round(1 / (1 - ramp)),
+        )
+
+
 def warn_of_slow_statistics(bn_decay: float, total_steps: int) -> None:
     """Log a warning if over 5% of the initial batch-norm statistics would be left at the end of the run."""
     left = bn_decay**total_steps

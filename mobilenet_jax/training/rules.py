@@ -97,6 +97,7 @@ RULES: dict[str, Rule] = {
     "model.width": _above(0, high=16),
     "model.convention": _one_of(CONVENTIONS),
     "model.num_classes": _at_least(1, high=_CLASSES, unit="classes"),
+    "model.in_channels": _at_least(1, high=1024, unit="channels"),
     "model.lowering": _one_of(LOWERINGS),
     "model.depthwise_impl": _one_of(IMPLEMENTATIONS),
     "model.dtype": _one_of(("float32", "bfloat16")),  # float64 is for tests, in JAX's x64 mode

@@ -67,7 +67,6 @@ ENTRY %main {
     assert tpu_compile.find_instructions(text) == ["parameter", "copy", "fusion", "transpose"]
 
 
-@pytest.mark.filterwarnings("ignore:the load_module")  # absl's
 def test_the_step_of_a_recipe_is_lowered_for_the_devices_that_are_given(one_device):
     import jax
 

@@ -10,9 +10,6 @@ from mobilenet_jax.cli.config import load_config
 from mobilenet_jax.training.config import flatten_config
 from mobilenet_jax.training.run import train_and_evaluate
 
-# ml_collections loads config files with a method that Python has deprecated.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
-
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TINY = ["--config.train.steps=2", "--config.data.image_size=16", "--config.model.name=mobilenet_v1"]
 TINY += ["--config.model.width=0.1", "--config.model.lowering=plain", "--config.model.shallow=True"]

@@ -13,9 +13,6 @@ from mobilenet_jax.training.config import flatten_config
 from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.save import save_weights
 
-# ml_collections loads config files with a method that Python has deprecated.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
-
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch, one_device) -> list[str]:

@@ -8,9 +8,6 @@ from ml_collections import ConfigDict
 from mobilenet_jax.cli.config import apply_preprocessing, load_config, split_overrides
 from mobilenet_jax.training.config import flatten_config
 
-# ml_collections loads config files by a way that Python is about to drop.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -40,6 +37,22 @@ def test_overrides_take_the_type_of_the_key(override, section, key, value):
 def test_overrides_are_told_from_flags_wherever_they_stand():
     argv = ["--config.a=1", "--config", "x.py", "--config.b.c=2", "--workdir=w"]
     assert split_overrides(argv) == (["--config", "x.py", "--workdir=w"], ["--config.a=1", "--config.b.c=2"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "arguments", "overrides"),
+    [
+        (["--config.a", "64", "--workdir", "w"], ["--workdir", "w"], ["--config.a=64"]),
+        (["--config.a", "-1", "--config.b", "(1, 2)"], [], ["--config.a=-1", "--config.b=(1, 2)"]),
+        (["--config.a=1", "x"], ["x"], ["--config.a=1"]),
+        (["--config.a", "--config.b", "2"], [], ["--config.a", "--config.b=2"]),
+        (["--config.a", "--workdir", "w"], ["--workdir", "w"], ["--config.a"]),
+        (["--config.a"], [], ["--config.a"]),
+        (["--config.a", "1=2", "3"], ["3"], ["--config.a=1=2"]),
+    ],
+)
+def test_the_value_of_an_override_may_be_the_next_argument(argv, arguments, overrides):
+    assert split_overrides(argv) == (arguments, overrides)
 
 
 def test_a_flat_config_is_what_its_json_says():

@@ -3,6 +3,7 @@ import importlib
 import io
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,96 @@ def test_folder_problems_are_one_sentence_each(tmp_path):
     for split in ("train", "test"):
         with pytest.raises(ValueError, match=r"only one of train/ and val/ has b, c; valid: the same class folders"):
             opening(tmp_path / "two", split)
+
+
+def tree(root: Path, *names: str) -> Any:
+    """Empty files under `root`, and the data section that reads them."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return data_config(source="folder", path=str(root))
+
+
+def list_names(config, split: str) -> list[str]:
+    source = sources.open_source(config, split)
+    return [Path(source[i].name).relative_to(config.path).as_posix() for i in range(len(source))]
+
+
+def test_images_are_found_at_any_depth_with_every_suffix_in_any_case(tmp_path):
+    images = ["a/1.GIF", "a/2.bmp", "a/b/c/3.JPG", "a/b/4.jpeg", "z/.x/5.png", "z/6.webp", "z/y/7.Png"]
+    others = ["a/notes.txt", "a/b/no_suffix", "z/._6.webp", "z/__MACOSX/8.png", "9.png"]
+    names = [f"{split}/{name}" for split in ("train", "test") for name in images + others]
+    config = tree(tmp_path, *names, "train/__MACOSX/z/1.png", "train/.hidden/1.png")
+    (tmp_path / "train" / "a" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "train" / "a" / "b" / "loop").symlink_to(tmp_path / "train" / "a")
+    for split in ("train", "test"):
+        found = [name.removeprefix(f"{split}/") for name in list_names(config, split)]
+        assert found == ["a/1.GIF", "a/2.bmp", "a/b/4.jpeg", "a/b/c/3.JPG", "z/6.webp", "z/y/7.Png"]
+    train, test = (sources.describe_split(split) for split in sources.open_splits(config))
+    assert train.startswith(f"{tmp_path} train: 6 images in 2 classes, the smallest class is z with 2; ignored: 10 ")
+    reasons = "5 hidden, 1 outside of the class folders, 1 .txt, 1 without suffix, 1 dangling link"
+    assert set(train.partition("(")[2].strip(")").split(", ")) == {
+        *reasons.split(", "),
+        "1 folder that was read already",
+    }
+    assert test.endswith("ignored: 6 files (3 hidden, 1 outside of the class folders, 1 .txt, 1 without suffix)")
+
+
+@pytest.mark.parametrize("suffix", ["gif", "bmp"])
+def test_gif_and_bmp_are_decoded(tmp_path, suffix):
+    write_image(tmp_path / "a" / f"0.{suffix}", 255)
+    write_image(tmp_path / "a" / f"1.{suffix}", 255)
+    source = sources.open_source(data_config(source="folder", path=str(tmp_path)), "train")
+    np.testing.assert_array_equal(pixels(source[0]), np.full((8, 8, 3), 255))
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "training"])
+@pytest.mark.parametrize("test", ["test", "Validation", "val", "valid", "testing"])
+def test_other_names_of_the_splits(tmp_path, train, test):
+    config = tree(tmp_path, f"{train}/a/1.png", f"{train}/b/1.png", f"{test}/a/2.png", f"{test}/b/2.png")
+    assert list_names(config, "train") == [f"{train}/a/1.png", f"{train}/b/1.png"]
+    assert list_names(config, "test") == [f"{test}/a/2.png", f"{test}/b/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["test/a/1.png", "trainset/a/1.png"], "has test/ but neither train/ nor training/ with class folders"),
+        (["photos/a/1.png", "photos/b/1.png"], "photos; if the classes are the folders in it, as a, set data.path to "),
+        (["a/1.png", "a/2.png", "b/1.png"], "/b has one image; valid: two or more, because one is for testing"),
+        (["a/1.tif", "a/2.tif"], "/a has no image, and 2 files (2 .tif) that are ignored; valid: files ending in .jpg"),
+    ],
+)
+def test_a_folder_that_is_probably_meant_otherwise_is_refused(tmp_path, names, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        sources.open_splits(tree(tmp_path, *names))
+    assert "\n" not in str(error.value)
+
+
+def test_each_class_has_an_image_in_both_parts_and_about_a_fifth_for_testing(tmp_path):
+    names = [f"{count}/{i}.png" for count in (2, 3, 5, 200) for i in range(count)]
+    config = tree(tmp_path, *names, *(f"many{k}/{i}.png" for k in range(20) for i in range(2)))
+    train, test = list_names(config, "train"), list_names(config, "test")
+    assert sorted(train + test) == sorted(set(train) | set(test))
+    classes = {name.split("/")[0] for name in [*train, *test]}
+    assert len(classes) == 24
+    assert {name.split("/")[0] for name in train} == {name.split("/")[0] for name in test} == classes
+    assert 25 <= sum(name.startswith("200/") for name in test) <= 55
+
+
+def test_the_holdout_of_a_folder_is_described(tmp_path):
+    config = tree(tmp_path, *(f"train/{label}/{i}.png" for label in "ab" for i in range(5)))
+    config.holdout = 0.2
+    train, held = sources.open_splits(config)
+    assert "8 images in 2 classes, the smallest class is" in sources.describe_split(train)
+    assert "2 images in 2 classes" in sources.describe_split(held)
+
+
+def test_sources_in_memory_are_described_by_their_counts():
+    assert [sources.describe_split(split) for split in sources.open_splits(data_config())] == [
+        "digits train: 1,437 images in 10 classes",
+        "digits test: 360 images in 10 classes",
+    ]
 
 
 @needs_shared

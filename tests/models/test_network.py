@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
+from flax import nnx, traverse_util
 from jax import export
 
 from mobilenet_jax.models import blocks
@@ -315,28 +315,46 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "options", "size"), CASES, ids=str)
 def test_lowerings_and_textbook_agree_in_float64(name, options, size):
-    """Logits, features, statistics and gradients agree to 1e-10 of the largest value, in both modes."""
+    """Logits, features and statistics agree to 1e-10 of the largest value, in both modes."""
     spec = _small(name, **options)
     auto, plain = (MobileNet(spec, dtype="float64", lowering=lowering) for lowering in ("auto", "plain"))
     variables, images = _variables(auto), _images(size)
+    train: dict[str, Any] = {"train": True, "mutable": ["batch_stats"]}
     with jax.enable_x64(True):
         evaluated = _apply(plain, variables, images, features=tuple(spec.taps()))
-        trained = {model: _loss_and_gradients(model, train=True)(variables, images) for model in (auto, plain)}
         auto_logits = _apply(auto, variables, images)
+        trained = {model: _apply(model, variables, images, **train) for model in (auto, plain)}
     textbook = Textbook(spec, variables, train=False)
     _assert_close(evaluated[0], textbook(images), 1e-10)
     _assert_close(auto_logits, evaluated[0], 1e-10)
     for feature, row in spec.taps().items():
         _assert_close(evaluated[1][feature], textbook.maps[row], 1e-10, feature)
-    (plain_loss, (plain_logits, plain_stats)), plain_gradients = trained[plain]
-    (auto_loss, (auto_logits, auto_stats)), auto_gradients = trained[auto]
     textbook = Textbook(spec, variables, train=True)
-    _assert_close(plain_logits, textbook(images), 1e-10)
-    _assert_trees_close(plain_stats, _unflatten(textbook.stats), 1e-10)
-    _assert_close(auto_logits, plain_logits, 1e-10)
-    _assert_close(auto_loss, plain_loss, 1e-10)
-    _assert_trees_close(auto_stats, plain_stats, 1e-10)
-    _assert_trees_close(_without_zeros(auto_gradients), _without_zeros(plain_gradients), 1e-9)
+    expected = textbook(images)
+    for logits, updates in trained.values():
+        _assert_close(logits, expected, 1e-10)
+        _assert_trees_close(updates["batch_stats"], _unflatten(textbook.stats), 1e-10)
+
+
+# Gradients take most of the time to compile, and test_cpu.py has those of each layer: here is a row of each kind.
+GRADIENT_CASES = [
+    ("mobilenet_v1", {"convention": "keras", "keep": (0, 1)}, (21, 20)),
+    ("mobilenet_v2", {"convention": "torchvision", "keep": (0, 1, 2)}, (23, 22)),  # the third has a shortcut
+    ("mobilenet_v3_small", {"convention": "timm", "keep": (0, 3)}, (20, 21)),  # squeeze-excite, 3x3 and 5x5
+    ("mobilenet_v4_hybrid_medium", {"convention": "timm", "keep": (3, 7, 8)}, (35, 40)),  # with attention
+]
+
+
+@pytest.mark.parametrize(("name", "options", "size"), GRADIENT_CASES, ids=str)
+def test_gradients_of_both_lowerings_agree_in_float64(name, options, size):
+    """Losses, and gradients to 1e-9 of the largest value, in training."""
+    spec = _small(name, **options)
+    models = [MobileNet(spec, dtype="float64", lowering=lowering) for lowering in ("auto", "plain")]
+    variables, images = _variables(models[0]), _images(size)
+    with jax.enable_x64(True):
+        auto, plain = (_loss_and_gradients(model, train=True)(variables, images) for model in models)
+    _assert_close(auto[0][0], plain[0][0], 1e-10)
+    _assert_trees_close(_without_zeros(auto[1]), _without_zeros(plain[1]), 1e-9)
 
 
 def _is_linear_bias(path):
@@ -393,7 +411,7 @@ def test_options_do_to_the_network_what_they_say(name, options):
 def test_every_parameter_gets_a_gradient(name, keep):
     """With `train=False` every parameter has a gradient, except the offset of the keys, which softmax ignores."""
     # "plain" compiles faster; that "auto" has the same gradients is tested above.
-    model = MobileNet(_small(name, keep=keep), lowering="plain")
+    model = MobileNet(_small(name, keep=keep, **({} if keep else {"shallow": True})), lowering="plain")
     variables = jax.tree.map(np.float32, _variables(model))
     _, gradients = _loss_and_gradients(model, train=False)(variables, np.float32(_images(64)))
     flat = {path: g for path, g in _flatten(gradients).items() if not path.endswith("key/depthwise/norm/bias")}
@@ -727,8 +745,115 @@ def test_bad_input_is_one_sentence():
         run(jnp.zeros((1, 32, 32, 1)))
     with pytest.raises(ValueError, match="feature is 'stride64'; valid: stem, stride2, stride4, stride8, stride16"):
         jax.eval_shape(functools.partial(model.apply, features=("stride64",)), variables, jnp.zeros((1, 32, 32, 3)))
+    for shape in ((0, 32, 32, 3), (32, 32, 3)):
+        with pytest.raises(
+            ValueError, match=r"images are \(.*; valid: \[batch, height, width, 3\] with a batch of 1 or"
+        ):
+            run(jnp.zeros(shape))
+    for dtype in (jnp.uint8, jnp.int32, jnp.bool_):
+        with pytest.raises(ValueError, match=rf"images are {jnp.dtype(dtype)}; valid: floats that are normalised as"):
+            run(jnp.zeros((1, 32, 32, 3), dtype))
+    with pytest.raises(ValueError, match=r"features is 'stride8'; valid: a tuple of names: features=\('stride8',\)"):
+        jax.eval_shape(functools.partial(model.apply, features="stride8"), variables, jnp.zeros((1, 32, 32, 3)))
     with pytest.raises(ValueError, match="map of 0x32 is too small"):
         run(jnp.zeros((1, 0, 32, 3)))
     for key, valid in (("dtype", "float32, bfloat16, float64"), ("lowering", "auto, plain")):
         with pytest.raises(ValueError, match=f"{key} is 'fast'; valid: {valid}"):
             create_model("mobilenet_v2", **{key: "fast"})  # pyright: ignore[reportArgumentType]
+    for values, said in (
+        ({"width": "0.5"}, "width is '0.5'; valid: a number"),
+        ({"num_classes": "5"}, "num_classes is"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            create_model("mobilenet_v2", **values)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_stem_of_other_channels():
+    model = create_model("mobilenet_v2", width=0.1, shallow=True, num_classes=2, in_channels=5)
+    variables = init_variables(model, seed=0)
+    assert variables["params"]["stem"]["conv"]["kernel"].shape == (3, 3, 5, 8)
+    assert jax.eval_shape(model.apply, variables, jnp.zeros((1, 32, 32, 5))).shape == (1, 2)
+    with pytest.raises(ValueError, match=r"valid: \[batch, height, width, 5\]"):
+        jax.eval_shape(model.apply, variables, jnp.zeros((1, 32, 32, 3)))
+    with pytest.raises(ValueError, match="in_channels is 0; valid: 1 or more"):
+        create_model("mobilenet_v2", in_channels=0)
+
+
+def test_variables_of_another_network_are_one_sentence():
+    narrow, wide = (create_model("mobilenet_v2", width=width, num_classes=4) for width in (0.5, 1.0))
+    variables = init_variables(narrow, seed=0)
+    images = jnp.zeros((1, 32, 32, 3))
+    with pytest.raises(
+        ValueError,
+        match=r"^the variables have params/stem/conv/kernel of \(3, 3, 3, 16\) where the network has \(3, 3, 3, 32\); "
+        "valid: variables of a mobilenet_v2 with the same width, classes and options",
+    ):
+        wide.apply(variables, images)
+    with pytest.raises(ValueError, match="the variables have no params/stem/conv/kernel; valid: "):
+        narrow.apply(variables["params"], images)
+    del variables["params"]["classifier"]
+    with pytest.raises(ValueError, match="the variables have no params/classifier/kernel; valid: "):
+        jax.eval_shape(narrow.apply, variables, images)
+
+
+# ---- Forward mode, second order, NNX.
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """(model, variables, images) of a small network in the textbook's form."""
+    model = MobileNet(replace(_small("mobilenet_v2", keep=1), num_classes=2), lowering="plain")
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    return model, init_variables(model, seed=0), images
+
+
+def test_forward_mode_and_second_order_derivatives_agree_with_backward_mode(plain):
+    model, variables, images = plain
+    direction = jax.random.normal(jax.random.key(2), images.shape)
+
+    def loss(x):
+        logits, _ = model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
+        return (logits**2).sum()
+
+    @jax.jit
+    def differentiate(x):
+        along = jax.jvp(loss, (x,), (direction,))[1]
+        forward_of_backward = jax.jvp(jax.grad(loss), (x,), (direction,))[1]
+        backward_of_backward = jax.grad(lambda x: jnp.vdot(jax.grad(loss)(x), direction))(x)
+        return along, jnp.vdot(jax.grad(loss)(x), direction), forward_of_backward, backward_of_backward
+
+    along, expected, first, second = differentiate(images)
+    np.testing.assert_allclose(along, expected, rtol=1e-4)
+    scale = np.abs(second).max()
+    assert scale > 0
+    np.testing.assert_allclose(first, second, atol=1e-4 * scale)
+
+
+def test_forward_mode_on_auto_says_that_plain_has_it(plain):
+    model, variables, images = plain
+    loss = lambda x: model.clone(lowering="auto").apply(variables, x).sum()  # noqa: E731
+    with pytest.raises(TypeError, match=r"^forward-mode derivatives .* need lowering='plain'"):
+        jax.jvp(loss, (images,), (images,))
+
+
+def test_an_nnx_module_computes_and_trains_as_the_linen_one(plain):
+    """The recipe of docs/backbone.md."""
+    linen, variables, images = plain
+    model = nnx.eval_shape(lambda: nnx.bridge.ToNNX(linen).lazy_init(images, rngs=jax.random.key(0)))
+    leaves = {path[1:]: value for path, value in traverse_util.flatten_dict(variables).items()}
+    nnx.update(model, traverse_util.unflatten_dict(leaves))
+
+    def loss(model, images):
+        return (model(images, train=True, mutable=["batch_stats"], rngs=nnx.Rngs(dropout=0)) ** 2).mean()
+
+    gradients = nnx.to_pure_dict(nnx.jit(nnx.grad(loss))(model, images))
+    assert gradients.keys() == variables["params"].keys()
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients["classifier"]))
+
+    @jax.jit
+    def update(variables, images):
+        key = nnx.Rngs(dropout=0).dropout()
+        return linen.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})[1]
+
+    updated = {"params": variables["params"], **update(variables, images)}
+    np.testing.assert_allclose(model(images), linen.apply(updated, images), rtol=1e-5)

@@ -551,9 +551,9 @@ def test_json_of_rows_that_are_none_is_refused():
             {"convention": "torch"},
             "convention is 'torch'; valid: keras, timm, timm_tf, torchvision",
         ),
-        ("mobilenet_v2", {"width": 0}, "width is 0; valid: finite, above 0"),
-        ("mobilenet_v2", {"width": float("inf")}, "width is inf; valid: finite, above 0"),
-        ("mobilenet_v2", {"width": float("nan")}, "width is nan; valid: finite, above 0"),
+        ("mobilenet_v2", {"width": 0}, "width is 0; valid: a number, finite and above 0"),
+        ("mobilenet_v2", {"width": float("inf")}, "width is inf; valid: a number, finite and above 0"),
+        ("mobilenet_v2", {"width": float("nan")}, "width is nan; valid: a number, finite and above 0"),
         (
             "mobilenet_v1",
             {"width": 0.03},

@@ -1,5 +1,6 @@
 """Lengths and rates."""
 
+import logging
 import math
 
 import numpy as np
@@ -58,3 +59,37 @@ def test_more_steps_than_int32_counts_are_refused():
         ValueError, match=r"train\.epochs is 1000000\.0, which is 312,500,000,000 steps; valid: up to 2,"
     ):
         make_plan(make_config(train__steps=None, train__epochs=1e6), 10**7)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"data__batch_size": 2000}, "data.batch_size = 2000 is larger than the training set of 1437 images"),
+        (
+            {"ema__decay": 0.99},
+            "ema.decay = 0.99 averages over about 100 steps, and the run has 12: the average is over",
+        ),
+        ({"optim__warmup_epochs": 1.0}, "the warm-up of 44.9062 steps outlasts the 12 of the run"),
+        ({"model__bn_decay": 0.99}, "model.bn_decay = 0.99 leaves 89% of the initial statistics"),
+        ({"ema__decay": 0.5, "model__bn_decay": 0.5}, ""),
+    ],
+)
+def test_a_run_too_short_for_its_recipe_is_said(tmp_path, caplog, values, said):
+    build.build(make_config(**values), tmp_path)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any(said in warning for warning in warnings) if said else warnings == []
+
+
+def test_a_run_says_what_data_it_has(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="absl"):
+        build.build(make_config(), tmp_path)
+    assert "digits train: 1,437 images in 10 classes" in caplog.messages
+    assert "digits test: 360 images in 10 classes" in caplog.messages
+
+
+def test_a_run_refuses_channels_that_no_data_source_has(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"model\.in_channels is 1; valid: 3, or none, because every data source gives"
+    ):
+        build.build(make_config(model__in_channels=1), tmp_path)
+    assert build.build(make_config(model__in_channels=3), tmp_path).model.spec.in_channels == 3

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from runs import make_config, send_at
 
-from mobilenet_jax.data import sources
+from mobilenet_jax.data import folders
 from mobilenet_jax.data.decode import UnreadableImageError
 from mobilenet_jax.training.run import prepare, train_and_evaluate
 from mobilenet_jax.workdir.metrics import read_metrics
@@ -75,8 +75,8 @@ def test_evaluation_never_skips(folder, tmp_path):
 def test_a_folder_is_listed_once(folder, tmp_path, monkeypatch, holdout, listed):
     """A listing of ImageNet takes minutes on network storage."""
     seen = []
-    original = sources._list_classes
-    monkeypatch.setattr(sources, "_list_classes", lambda root: seen.append(root.name) or original(root))
+    original = folders._list_classes
+    monkeypatch.setattr(folders, "_list_classes", lambda root, inner: seen.append(root.name) or original(root, inner))
     with prepare(make_folder_config(folder, data__holdout=holdout, data__on_error="skip"), tmp_path / "run") as run:
         next(run.images.iterator)
         assert run.images.eval_count == (5 if holdout else 4)
