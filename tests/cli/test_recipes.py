@@ -60,7 +60,7 @@ def test_a_recipe_takes_its_argument_and_overrides_with_a_space():
 @pytest.mark.parametrize("name", ["v9", "base", "datasets", "ablations", ""])
 def test_an_unknown_name_lists_the_valid_ones(name):
     said = refuse(name)
-    assert said.startswith(f"there is no recipe {name!r}; valid: fashion_mnist, transfer, v1, v2,")
+    assert said.startswith(f"there is no recipe {name!r}; valid: distill, fashion_mnist, transfer, v1, v2,")
     assert "; the studies block_forms, " in said
 
 
