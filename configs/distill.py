@@ -8,9 +8,9 @@
     python -m mobilenet_jax.main --config configs/distill.py:folder --config.data.path=DIR \
         --config.train.distill.weights=runs/teacher
 
-Data sets: digits (a minute on two cores; the teacher above is V3-Large of width 0.5), folder (data.path; the teacher
-above is torchvision's V2, fine-tuned on the same images). The teacher may be anything that `load_weights` takes, with
-the classes of the data. The method and figures: docs/distillation.md.
+Data sets: digits (the teacher above is V3-Large of width 0.5), folder (data.path; the teacher above is torchvision's V2,
+fine-tuned on the same images). The teacher may be anything that `load_weights` takes, with
+the classes of the data. The method: docs/distillation.md.
 """
 
 from typing import Any
