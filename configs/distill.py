@@ -1,4 +1,4 @@
-"""A small network that learns from a larger one: V3-Small with a teacher.
+r"""A small network that learns from a larger one: V3-Small with a teacher.
 
     python -m mobilenet_jax.main --config configs/v3_large.py --workdir=runs/teacher
     python -m mobilenet_jax.main --config configs/distill.py --config.train.distill.weights=runs/teacher
@@ -8,9 +8,9 @@
     python -m mobilenet_jax.main --config configs/distill.py:folder --config.data.path=DIR \
         --config.train.distill.weights=runs/teacher
 
-Data sets: digits (the teacher above is V3-Large of width 0.5), folder (data.path; the teacher above is torchvision's V2,
-fine-tuned on the same images). The teacher may be anything that `load_weights` takes, with
-the classes of the data. The method: docs/distillation.md.
+Data sets: digits (the teacher above is V3-Large of width 0.5), folder (data.path; the teacher above is torchvision's
+V2, fine-tuned on the same images). The teacher may be anything that `load_weights` takes, with the classes of the data.
+docs/distillation.md has the method.
 """
 
 from typing import Any
