@@ -43,7 +43,7 @@ def _match_functions(config) -> None:
 
 
 def _digits(config) -> None:
-    config.model.width = 0.1  # so small that it is worse than its teacher
+    config.model.width = 0.1  # 152,482 parameters; the teacher above has 1,421,714
 
 
 def _folder(config) -> None:
