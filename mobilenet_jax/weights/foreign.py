@@ -25,6 +25,7 @@ from mobilenet_jax.weights.recognise import NAMINGS, Recognised, find_states, re
 from mobilenet_jax.weights.torch_names import PUBLISHED_PREPROCESSING
 
 CARD_SUFFIX = ".card.json"  # of the card beside a file that cannot hold one: mine.pth.card.json
+BELONGS_TO = "belongs_to_sha256"  # the key of such a card that has the SHA-256 of the file
 _CARD_LIMIT = 10_000_000  # bytes
 _BACKGROUND = 1001  # classes of TensorFlow's ImageNet weights; the first is the background
 _RGB = 3
@@ -149,7 +150,7 @@ def read_card_beside(path: Path) -> dict | None:
         card = json.loads(beside.read_bytes())
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{beside} is no JSON: {error}") from error
-    belongs_to = card.pop("belongs_to_sha256", None) if isinstance(card, dict) else None
+    belongs_to = card.pop(BELONGS_TO, None) if isinstance(card, dict) else None
     if belongs_to != hash_file(path):
         raise WeightsError(f"{beside} was not written for the {path.name} beside it; delete it, or convert again")
     return card

@@ -18,7 +18,7 @@ from mobilenet_jax.models.network import MobileNet, create_model
 from mobilenet_jax.models.spec import Spec, check_choice
 from mobilenet_jax.paths import as_path, check_reachable, is_bucket
 from mobilenet_jax.weights import CLASSIFIERS, WeightsError, printable
-from mobilenet_jax.weights.card import Preprocessing, check_card, hash_file, make_card
+from mobilenet_jax.weights.card import Preprocessing, check_card, hash_file, make_card, read_preprocessing
 from mobilenet_jax.weights.fetch import fetch, is_remote
 from mobilenet_jax.weights.folder import Hints, find_weights, read_hints
 from mobilenet_jax.weights.foreign import (
@@ -131,7 +131,11 @@ def _load_file(path: Path, source: Source) -> tuple[Spec, dict, dict]:
     card = read_card_beside(path)
     if card is None:
         return load_foreign(contents, source)
-    return adapt(*load_with_card(contents, card, source), source)
+    if source.hints.name is None:
+        return adapt(*load_with_card(contents, card, source), source)
+    check_card(card, source=source.label)
+    known = {"preprocessing": read_preprocessing(card, source=source.label), "class_names": card["class_names"]}
+    return load_foreign(contents, replace(source, hints=replace(source.hints, **known)))
 
 
 def check_loads(path: Path, name: str) -> None:

@@ -16,6 +16,7 @@ from mobilenet_jax.weights.pth import open_zip
 
 _NODES_LIMIT = 200_000  # a frozen MobileNet has about 1,000
 _FIELDS_LIMIT = 2_000_000
+_ELEMENTS_LIMIT = 1 << 24  # of a variable; the largest of a MobileNet has 3,000,000
 _FLOAT, _HALF = 1, 19  # tensorflow's DataType
 _AVERAGES = "ExponentialMovingAverage"
 # The last part of the names of what a network needs. The optimizer's variables have a part more.
@@ -120,6 +121,8 @@ def _read_tensor(tensor: _Message, name: str) -> np.ndarray:
         raise WeightsError(f"its variable {name} has {len(shape)} axes")
     values = np.frombuffer(content or b"".join(numbers), "<f2" if kind == _HALF and content else "<f4")
     count = math.prod(shape)
+    if count > _ELEMENTS_LIMIT:
+        raise WeightsError(f"its variable {name} of shape {shape} is larger than any of a MobileNet")
     if values.size == 1 < count:  # one number stands for all, here too: a view takes no memory
         return np.broadcast_to(values, shape)
     if values.size != count:

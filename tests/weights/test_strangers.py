@@ -3,7 +3,9 @@
 import argparse
 import json
 import logging
+import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,13 @@ from safetensors.numpy import save_file
 from strangers import Module, make_tensors, split_layers, write_checkpoint, write_keras_2, write_keras_3
 
 from mobilenet_jax.weights import WeightsError
+from mobilenet_jax.weights.card import KERAS_EXAMPLE
+from mobilenet_jax.weights.keras_config import read_preprocessing
 from mobilenet_jax.weights.keras_names import KERAS
 from mobilenet_jax.weights.load import load_weights
+from mobilenet_jax.weights.slim_names import SLIM
 from mobilenet_jax.weights.torch_names import TIMM, TORCHVISION
+from mobilenet_jax.weights.transformers_names import TRANSFORMERS
 
 V2 = {"model": "mobilenet_v2", "width": 0.25, "num_classes": 3}
 
@@ -296,29 +302,30 @@ def test_the_configuration_of_a_keras_model_is_followed(keras, tmp_path):
     assert (given["image_size"], given["mean"]) == (96, [0, 0, 255])
     assert given["std"] == pytest.approx([255] * 3)
     assert card["notes"] == ["dense was taken as the classifier"]
-    write_keras_2(tmp_path / "w.h5", layers, model_config=describe(("GlobalMaxPooling2D", {})))
+
+
+def test_configurations_of_keras_models_that_cannot_be_followed():
+    pooled = describe(("GlobalMaxPooling2D", {}))
     with pytest.raises(WeightsError, match="its pooling takes the maximum"):
-        load_weights(tmp_path / "w.h5")
-    assert load_weights(tmp_path / "w.h5", classifier="drop")[0].spec.num_classes == 0
-    for config in ("[" * 100_000, "{", describe(("Rescaling", {"scale": 0, "offset": 0}))):
-        write_keras_2(tmp_path / "w.h5", layers, model_config=config)
+        read_preprocessing(pooled, drop=False)
+    assert read_preprocessing(pooled, drop=True)[0].image_size == 96
+    for config in ("[" * 100_000, "{", describe(("Rescaling", {"scale": 0, "offset": 0})), describe(("Rescaling", {}))):
         with pytest.raises(WeightsError, match="the configuration of its model cannot be used"):
-            load_weights(tmp_path / "w.h5")
+            read_preprocessing(config, drop=False)
+    assert read_preprocessing("", drop=False)[0] == KERAS_EXAMPLE
 
 
-def test_a_v2_file_is_compared_with_v2(keras, tmp_path):
+def test_a_v2_file_is_compared_with_v2(keras):
     _, _, backbone, (kernel, bias) = keras
     lost = without(backbone, "block_3_project")
-    write_keras_3(tmp_path / "w.h5", lost, {"a": [kernel, bias], "b": [kernel, bias]})
     with pytest.raises(WeightsError, match=r"does not fit keras/MobileNetV2: .*it lacks block_3_project/kernel"):
-        load_weights(tmp_path / "w.h5")
-    write_keras_3(tmp_path / "w.h5", backbone, {"a": [kernel], "b": [kernel, bias]})
+        load_weights({**lost, "a/kernel": kernel, "a/bias": bias, "b/kernel": kernel})
     with pytest.raises(WeightsError, match=r"unknown a/kernel, b/kernel, b/bias; without .* keras/MobileNetV2: class"):
-        load_weights(tmp_path / "w.h5")
-    write_keras_3(tmp_path / "w.h5", backbone, {"a": [kernel[:, :1], bias[:1]]})
+        load_weights({**backbone, "a/kernel": kernel, "b/kernel": kernel, "b/bias": bias})
+    sigmoid = {**backbone, "a/kernel": kernel[:, :1], "a/bias": bias[:1]}
     with pytest.raises(WeightsError, match="a classifier of one output, for a sigmoid"):
-        load_weights(tmp_path / "w.h5")
-    assert load_weights(tmp_path / "w.h5", classifier="drop")[0].spec.num_classes == 0
+        load_weights(sigmoid)
+    assert load_weights(sigmoid, classifier="drop")[0].spec.num_classes == 0
 
 
 def test_keras_v3_without_its_top_has_its_classifier_behind_the_pooling():
@@ -330,3 +337,257 @@ def test_keras_v3_without_its_top_has_its_classifier_behind_the_pooling():
     assert (model.spec.hidden, model.spec.num_classes) == (0, 5)
     assert variables["params"]["classifier"]["kernel"].shape == (width, 5)
     np.testing.assert_array_equal(variables["params"]["stem"]["norm"]["scale"], flat["params", "stem", "norm", "scale"])
+
+
+# Folders of Hugging Face.
+
+
+def write_folder(folder: Path, tensors: dict, config: dict, processor: dict | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+PROCESSOR = {"size": {"shortest_edge": 128}, "crop_size": {"height": 96, "width": 96}, "resample": 3}
+PROCESSOR |= {"image_mean": [0.5, 0.5, 0.25], "image_std": [0.5, 0.5, 1.0], "rescale_factor": 1 / 255}
+
+
+@pytest.mark.parametrize("model", ["mobilenet_v1", "mobilenet_v2"])
+def test_folders_of_transformers(tmp_path, model):
+    spec, flat, tensors = make_tensors(TRANSFORMERS, model, width=0.25, num_classes=3)
+    body = prefix(without(tensors, "classifier"), f"{model}.")
+    head = {name: tensors[name] for name in ("classifier.weight", "classifier.bias")}
+    config = {"model_type": model, "id2label": {"1": "dog", "0": "cat", "2": "cow"}, "layer_norm_eps": 0.002}
+    folder = write_folder(tmp_path / "hub", {**body, **head}, {**config, "tf_padding": False}, PROCESSOR)
+    found, variables, card = load_weights(folder)
+    assert found.spec == replace(spec, padding="symmetric", bn_epsilon=0.002)
+    assert_holds(variables, flat)
+    assert (card["name"], card["class_names"], card["notes"]) == (f"transformers/{model}", ["cat", "dog", "cow"], [])
+    given = card["preprocessing"]
+    assert (given["image_size"], given["crop_share"], given["interpolation"]) == (96, 0.75, "bicubic")
+    assert given["mean"] == pytest.approx([127.5, 127.5, 63.75])
+    assert given["std"] == pytest.approx([127.5, 127.5, 255])
+    # The bare model has no prefix, and PyTorch's format is older than safetensors.
+    (folder / "model.safetensors").unlink()
+    write_checkpoint(folder / "pytorch_model.bin", OrderedDict(without(tensors, "classifier")))
+    found, variables, _ = load_weights(folder)
+    assert found.spec.num_classes == 0
+    assert_holds(variables, {path: leaf for path, leaf in flat.items() if path[1] != "classifier"})
+
+
+def test_names_of_transformers():
+    # transformers 4.57, modeling_mobilenet_v1.py and modeling_mobilenet_v2.py
+    for model, some in (
+        ("mobilenet_v1", {"conv_stem.convolution.weight": (32, 3, 3, 3), "layer.0.convolution.weight": (32, 1, 3, 3)}),
+        ("mobilenet_v1", {"layer.25.convolution.weight": (1024, 1024, 1, 1), "classifier.weight": (1001, 1024)}),
+        ("mobilenet_v2", {"conv_stem.first_conv.convolution.weight": (32, 3, 3, 3)}),
+        ("mobilenet_v2", {"conv_stem.reduce_1x1.normalization.running_var": (16,)}),
+        ("mobilenet_v2", {"layer.3.expand_1x1.convolution.weight": (192, 32, 1, 1), "layer.15.conv_3x3.convolution.weight": (960, 1, 3, 3)}),
+        ("mobilenet_v2", {"conv_1x1.convolution.weight": (1280, 320, 1, 1), "classifier.bias": (1001,)}),
+    ):
+        shapes = {name: tensor.shape for name, tensor in make_tensors(TRANSFORMERS, model, num_classes=1001)[2].items()}
+        assert some.items() <= shapes.items()
+
+
+def test_the_background_and_the_segmentation_of_transformers(tmp_path):
+    _, flat, tensors = make_tensors(TRANSFORMERS, "mobilenet_v2", width=0.1, num_classes=1001)
+    body = prefix(without(tensors, "classifier"), "mobilenet_v2.")
+    head = {name: tensors[name] for name in ("classifier.weight", "classifier.bias")}
+    labels = {str(i): "background" if i == 0 else f"class {i}" for i in range(1001)}
+    folder = write_folder(tmp_path / "w", {**body, **head}, {"model_type": "mobilenet_v2", "id2label": labels})
+    model, variables, card = load_weights(folder)
+    assert model.spec.num_classes == 1000
+    assert card["class_names"] == [f"class {i}" for i in range(1, 1001)]
+    kernel = flat["params", "classifier", "kernel"]
+    np.testing.assert_array_equal(variables["params"]["classifier"]["kernel"], kernel[:, 1:])
+    head = {"segmentation_head.conv_pool.convolution.weight": np.ones((256, 32, 1, 1), "f4")}
+    head |= {"segmentation_head.classifier.convolution.bias": np.ones(21, "f4")}
+    config = {"model_type": "mobilenet_v2", "output_stride": 8, "id2label": {"0": "LABEL_0"}}
+    model, variables, card = load_weights(write_folder(tmp_path / "w", {**body, **head}, config))
+    assert (model.spec.num_classes, card["class_names"]) == (0, None)
+    assert [row.dilation for row in model.spec.blocks if row.dilation > 1][:2] == [2, 2]
+    assert card["notes"][0].startswith("the segmentation head was left out: segmentation_head.classifier")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "resnet"}, "its model_type is 'resnet'; valid: mobilenet_v1, mobilenet_v2"),
+        ({"model_type": "mobilenet_v2", "hidden_act": "gelu"}, "its hidden_act is 'gelu'; valid: relu6, relu"),
+        ({"model_type": "mobilenet_v2", "id2label": {"0": 7}}, "its class names are no list of text"),
+        ({"model_type": "mobilenet_v2", "id2label": [1]}, "cannot be used"),
+        ({"model_type": "mobilenet_v2", "layer_norm_eps": "x"}, "cannot be used"),
+        ({"architecture": "mobilenetv2_025"}, "is not timm's: 'pretrained_cfg' is missing"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused(tmp_path, config, message):
+    with pytest.raises(WeightsError, match=f"the config.json of .*{message}"):
+        load_weights(write_folder(tmp_path / "w", {"a": np.ones(1, "f4")}, config))
+    for text in ("[", "[]", "[" * 100_000):
+        (tmp_path / "w" / "config.json").write_text(text)
+        with pytest.raises(WeightsError, match=r"the config\.json of .* is no JSON"):
+            load_weights(tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"crop_size": {"height": 0, "width": 0}},
+        {"size": {"shortest_edge": 0}},
+        {"rescale_factor": 0},
+        {"image_std": [0, 1, 1]},
+        {"image_mean": "x"},
+        {"resample": 1},
+        {"size": [1]},
+    ],
+)
+def test_a_preprocessor_that_cannot_be_is_refused(tmp_path, processor):
+    config = {"model_type": "mobilenet_v2"}
+    with pytest.raises(WeightsError, match=r"the config\.json of .* (cannot be used|is not)"):
+        load_weights(write_folder(tmp_path / "w", {"a": np.ones(1, "f4")}, config, processor))
+
+
+# TensorFlow-Slim.
+
+
+def encode(number: int, value: bytes | int) -> bytes:
+    """A field of a protocol buffer."""
+
+    def varint(value: int) -> bytes:
+        more = value >> 7
+        return bytes([value & 127 | 128]) + varint(more) if more else bytes([value])
+
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def encode_constant(name: str, tensor: np.ndarray, *, kind: int = 1, numbers: bytes | None = None) -> bytes:
+    """A node of a GraphDef; `numbers` are written one by one in the place of the tensor's content."""
+    shape = b"".join(encode(2, encode(1, size)) for size in tensor.shape)
+    content = encode(4, tensor.tobytes()) if numbers is None else encode(5, numbers)
+    value = encode(8, encode(1, kind) + encode(2, shape) + content)
+    attribute = encode(1, b"value") + encode(2, value)
+    node = encode(1, name.encode()) + encode(2, b"Const") + encode(5, encode(1, b"dtype") + encode(2, encode(6, 1)))
+    return encode(1, node + encode(5, attribute))
+
+
+def write_graph(path: Path, tensors: dict) -> Path:
+    """A frozen GraphDef: the variables, and nodes that use them."""
+    nodes = [encode_constant(name, tensor) for name, tensor in tensors.items()]
+    used = [encode(1, encode(1, f"{name}/read".encode()) + encode(2, b"Identity") + encode(3, b"x")) for name in tensors]
+    shape = encode_constant("Reshape/shape", np.ones(2, "<i4"), kind=3)
+    path.write_bytes(b"".join([*nodes, *used, shape]) + encode(4, encode(1, 27)))
+    return path
+
+
+@pytest.mark.parametrize("model", ["mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small"])
+def test_a_frozen_graph_and_an_npz_of_slim(tmp_path, model):
+    spec, flat, tensors = make_tensors(SLIM, model, width=0.25, num_classes=3)
+    averages = {f"{name}/ExponentialMovingAverage": t for name, t in tensors.items() if "moving" not in name}
+    others = {"global_step": np.array(9), **{f"{name}/RMSProp": t * 0 for name, t in tensors.items()}}
+    zeros = {name: t * 0 for name, t in tensors.items() if "moving" not in name}
+    np.savez(tmp_path / "w.npz", **{**tensors, **others, **averages, **zeros})
+    for path in (write_graph(tmp_path / "frozen.pb", tensors), tmp_path / "w.npz"):
+        found, variables, card = load_weights(path)
+        assert found.spec == spec
+        assert_holds(variables, flat)
+        assert card["name"] == f"slim/{model}"
+    assert "averaged weights ExponentialMovingAverage" in card["notes"][0]
+    _, variables, _ = load_weights(tmp_path / "w.npz", select="variables")
+    assert not variables["params"]["stem"]["conv"]["kernel"].any()
+
+
+def test_names_of_slim():
+    # tensorflow/models research/slim; the conversion scripts of transformers list the same names
+    for model, some in (
+        ("mobilenet_v1", {"MobilenetV1/Conv2d_0/weights": (3, 3, 3, 32)}),
+        ("mobilenet_v1", {"MobilenetV1/Conv2d_13_depthwise/depthwise_weights": (3, 3, 1024, 1)}),
+        ("mobilenet_v1", {"MobilenetV1/Logits/Conv2d_1c_1x1/biases": (1001,)}),
+        ("mobilenet_v2", {"MobilenetV2/expanded_conv/depthwise/BatchNorm/moving_variance": (32,)}),
+        ("mobilenet_v2", {"MobilenetV2/expanded_conv_16/project/weights": (1, 1, 960, 320)}),
+        ("mobilenet_v2", {"MobilenetV2/Logits/Conv2d_1c_1x1/weights": (1, 1, 1280, 1001)}),
+        ("mobilenet_v3_small", {"MobilenetV3/expanded_conv/squeeze_excite/Conv/weights": (1, 1, 16, 8)}),
+    ):
+        shapes = {name: tensor.shape for name, tensor in make_tensors(SLIM, model, num_classes=1001)[2].items()}
+        assert some.items() <= shapes.items()
+
+
+def test_graphs_of_something_else_are_refused(tmp_path):
+    path, one = tmp_path / "w.pb", np.ones((2, 2), "<f4")
+    whole = encode_constant("a/weights", one)
+    for content, message in (
+        (whole[:-3], "is cut off"),
+        (encode(1, encode(1, b"x") + encode(2, b"Placeholder")), "no constants that are weights; its nodes: x"),
+        (encode_constant("a/weights", one, kind=12), "has the data type 12, perhaps quantised"),
+        (encode_constant("a/weights", one, numbers=b"\0" * 12), r"of shape \[2, 2\] has 3 numbers"),
+        (b"\x0a\x02\x0b\x01", "no protocol buffer"),
+        (b"\x0a" + b"\xff" * 12, "cut off, or it is no protocol buffer"),
+        (b"\x0a\0" * 2_100_000, "more than 200,000 nodes"),
+        (encode_constant("a/weights", np.ones((2,) * 9, "<f4")), "has 9 axes"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=message):
+            load_weights(path)
+    # One number stands for all of a constant, whatever its shape says.
+    large = encode(2, encode(1, 1 << 40)) * 2
+    value = encode(8, encode(1, 1) + encode(2, large) + encode(5, b"\0\0\x80\x3f"))
+    node = encode(1, b"MobilenetV1/Conv2d_0/weights") + encode(2, b"Const") + encode(5, encode(1, b"value") + encode(2, value))
+    path.write_bytes(encode(1, node))
+    with pytest.raises(WeightsError, match="is larger than any of a MobileNet"):
+        load_weights(path)
+
+
+def test_an_npz_that_lies_is_refused(tmp_path):
+    path = tmp_path / "w.npz"
+    for array, message in ((np.array([{}]), "or of objects"), (np.ones((1 << 20, 0), "f4"), "holds no MobileNet")):
+        np.savez(path, a=array)
+        with pytest.raises(WeightsError, match=message):
+            load_weights(path)
+    np.savez(path, a=np.ones((3, 4), "f4"))
+    data = path.read_bytes()
+    assert data.count(b"(3, 4)") == 1
+    with zipfile.ZipFile(path) as archive:
+        content = archive.read("a.npy").replace(b"(3, 4)", b"(9, 9)")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", content)
+    with pytest.raises(WeightsError, match="its array a of shape .9, 9. is larger than the file"):
+        load_weights(path)
+
+
+# Files that are something else, and names that are an attack.
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\x1c\0\0\0TFL3" + bytes(99), "a TensorFlow Lite model"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
+        (b" <!DOCTYPE HTML><html>", "a web page"),
+        (b"\x1f\x8b" + bytes(99), "a gzip archive"),
+        (b"a" * 257 + b"ustar" + bytes(99), "a tar archive"),
+        (b"\x93NUMPY\x01\0", "a single NumPy array"),
+        (b"", "it is empty"),
+        (bytes(4096), "it begins with zeros"),
+        (b'{"a": 1}', "a JSON file"),
+    ],
+)
+def test_what_a_file_is_is_said(tmp_path, content, what):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match=f"w.pth cannot be read: it .*{what}|w.pth cannot be read: {what}"):
+        load_weights(tmp_path / "w.pth")
+
+
+def test_names_reach_the_terminal_short_and_escaped(torchvision, tmp_path):
+    evil = "\x1b[2J\x1b]0;title\x07" + "x" * 7_000_000
+    for name in (evil, f"features.{evil}", f"{evil}features.0.0.weight"):
+        save_file({**torchvision[2], name: np.ones(1, "f4")}, tmp_path / "w.safetensors")
+        with pytest.raises(WeightsError) as caught:
+            load_weights(tmp_path / "w.safetensors")
+        assert len(str(caught.value)) < 2100
+        assert str(caught.value).isprintable()
+    _, _, card = load_weights(prefix(torchvision[2], "\x1b[2J" * 99 + "."))
+    assert all(note.isprintable() and len(note) < 500 for note in card["notes"])
