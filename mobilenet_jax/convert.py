@@ -44,7 +44,9 @@ def run(flags: argparse.Namespace) -> int:
     notes = "".join(f"; {note}" for note in card["notes"])
     print(f"{flags.destination}: {card['name']}, {model.spec.num_classes} classes, as {flags.format}{notes}")
     if beside:
-        print(f"{beside}: class names, preprocessing and metrics, which a {flags.format} file cannot hold; keep it beside")
+        print(
+            f"{beside}: class names, preprocessing and metrics, which a {flags.format} file cannot hold; keep it beside"
+        )
     return 0
 
 

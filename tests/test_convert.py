@@ -41,7 +41,10 @@ def test_what_a_foreign_file_cannot_hold_is_said_and_lies_beside_it(tiny_weights
     said = capsys.readouterr().out
     assert f"{theirs}.card.json: class names, preprocessing and metrics, which a torchvision file cannot hold" in said
     found = load_weights(theirs)[2]
-    assert (found["class_names"], found["preprocessing"]) == (card["class_names"], load_weights(ours)[2]["preprocessing"])
+    assert (found["class_names"], found["preprocessing"]) == (
+        card["class_names"],
+        load_weights(ours)[2]["preprocessing"],
+    )
     assert main([str(theirs), str(ours), "--classifier=drop", "--in_channels=1"]) == 0
     spec = load_weights(ours)[0].spec
     assert (spec.num_classes, spec.in_channels) == (0, 1)

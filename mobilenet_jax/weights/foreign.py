@@ -48,8 +48,9 @@ class Source:
 def load_foreign(contents: Contents, source: Source) -> tuple[Spec, dict, dict]:
     """Return (spec, variables, card) of another framework's tensors.
 
-    What `source.hints` says replaces the model's usual preprocessing and class names. Raises WeightsError if the tensors
-    fit no network.
+    What `source.hints` says replaces the model's usual preprocessing and class names.
+
+    Raises WeightsError if the tensors fit no network.
     """
     hints = source.hints
     found = recognise(
@@ -158,7 +159,8 @@ def read_card_beside(path: Path) -> dict | None:
 
 def adapt(spec: Spec, variables: dict, card: dict, source: Source) -> tuple[Spec, dict, dict]:
     """Return a network of our own without its classifier and with other input channels, if `source` asks for it."""
-    notes, flat = list(card["notes"]), traverse_util.flatten_dict(variables)
+    notes = list(card["notes"])
+    flat: Any = traverse_util.flatten_dict(variables)
     if source.classifier == "drop" and spec.num_classes:
         spec = replace(spec, num_classes=0)
         flat = {path: leaf for path, leaf in flat.items() if path[1] != "classifier"}

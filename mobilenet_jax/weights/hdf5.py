@@ -202,7 +202,9 @@ class _Reader:
             )
         values = np.array(owner.attrs[name], object, ndmin=1)
         if len(values) > _TENSORS_LIMIT:
-            raise WeightsError(f"the attribute {name!r} of its group {owner.name!r} has more than {_TENSORS_LIMIT:,} names")
+            raise WeightsError(
+                f"the attribute {name!r} of its group {owner.name!r} has more than {_TENSORS_LIMIT:,} names"
+            )
         return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
 
     def _array(self, owner: h5py.Group, name: str) -> np.ndarray:

@@ -36,7 +36,9 @@ from mobilenet_jax.workdir.checkpoint import load_variables
 from mobilenet_jax.workdir.metrics import METRICS_FILE, read_metrics
 
 CARD_KEY = "mobilenet_jax_card"  # in the metadata of a safetensors file
-_EXAMPLES = "torchvision/mobilenet_v2, keras/MobileNetV2, hf:timm/mobilenetv2_100.ra_in1k, hf:google/mobilenet_v2_1.0_224"
+_EXAMPLES = (
+    "torchvision/mobilenet_v2, keras/MobileNetV2, hf:timm/mobilenetv2_100.ra_in1k, hf:google/mobilenet_v2_1.0_224"
+)
 
 
 def load_weights(

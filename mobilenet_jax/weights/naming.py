@@ -107,7 +107,9 @@ class Naming:
         for path, shape in variable_shapes(spec).items():
             owner, leaf = path[-2:]
             layer = "/".join(path[1:-2] if owner in ("conv", "norm") else path[1:-1])
-            kind = f"norm/{leaf}" if owner == "norm" else "depthwise" if owner == "conv" and "depthwise" in path else leaf
+            kind = (
+                f"norm/{leaf}" if owner == "norm" else "depthwise" if owner == "conv" and "depthwise" in path else leaf
+            )
             name = layers[layer][owner == "norm"] + self.leaves.get(kind, self.leaves["kernel"])
             if leaf != "kernel":
                 slots[name] = Slot(path, shape, shape, (0,))
@@ -183,9 +185,7 @@ def _find_closest(naming: Naming, shapes: Shapes) -> list[Entry]:
     return [entry for entry, count in zip(naming.entries, counts, strict=True) if count == min(counts)]
 
 
-def _candidates(
-    naming: Naming, entry: Entry, shapes: Shapes, width: float | None, *, drop: bool
-) -> Iterator[Match]:
+def _candidates(naming: Naming, entry: Entry, shapes: Shapes, width: float | None, *, drop: bool) -> Iterator[Match]:
     """Yield the entry's network, with the file's ends, at the given width or at all likely ones.
 
     The likely widths are the published ones, and then the one at which the number of elements agrees.

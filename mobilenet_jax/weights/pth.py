@@ -274,7 +274,7 @@ class PthFile:
             self.content = self._read_zip(file) if self._is_zip else self._read_stream(file, path.stat().st_size)
 
     def load(self, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Return the numbers of tensors; raise WeightsError if they are missing, cut off, or more than a MobileNet's."""
+        """Return the numbers of tensors; raise WeightsError if they are missing, or more than a MobileNet has."""
         needed = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
         size = sum(storage.size * storage.dtype.itemsize for storage in needed.values())
         if not 0 <= size <= _TENSORS_LIMIT:

@@ -116,8 +116,8 @@ def _find_format(path: Path) -> tuple[str, Callable[[Path], Contents]]:
     if start.startswith(b"\x08") and b"onnx" in path.suffix.encode():
         raise WeightsError("it is an ONNX model")
     raise WeightsError(
-        "it has no known format; valid: files of torch.save, safetensors, Keras' HDF5 and .keras, an .npz of variables, "
-        "a frozen GraphDef"
+        "it has no known format; valid: files of torch.save, safetensors, Keras' HDF5 and .keras, an .npz of "
+        "variables, a frozen GraphDef"
     )
 
 
@@ -164,4 +164,3 @@ def _read_safetensors(path: Path) -> Contents:
     with safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _hold(tensors, file.metadata() or {})
-

@@ -5,8 +5,6 @@ mobilenet/conv_blocks.py. Padding is SAME, and the epsilon of batch norm is .001
 checkpoints are read by `tensorflow.py`.
 """
 
-from dataclasses import replace
-
 from mobilenet_jax.models.spec import Spec
 from mobilenet_jax.weights.card import HALF
 from mobilenet_jax.weights.naming import Entry, Layout, Naming

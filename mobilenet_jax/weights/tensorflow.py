@@ -153,7 +153,9 @@ def read_npz(path: Path, *, limit: int) -> dict[str, Any]:
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, is_fortran, dtype = read(part)
                 if dtype.hasobject or math.prod(shape) * dtype.itemsize > info.file_size:
-                    raise WeightsError(f"its array {name} of shape {list(shape)} is larger than the file, or of objects")
+                    raise WeightsError(
+                        f"its array {name} of shape {list(shape)} is larger than the file, or of objects"
+                    )
                 values = np.frombuffer(part.read(math.prod(shape) * dtype.itemsize), dtype)
                 arrays[name] = values.reshape(shape, order="F" if is_fortran else "C")
     if any("Mobilenet" in name for name in arrays):

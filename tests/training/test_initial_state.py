@@ -157,7 +157,9 @@ def test_init_takes_the_backbone_of_a_file_with_another_head(tmp_path):
     model = create_model("mobilenet_v2", width=0.25, num_classes=0, convention="torchvision")
     variables = init_variables(model, seed=5)
     flat = traverse_util.flatten_dict(variables)
-    tensors = {name: slot.to_tensor(np.asarray(flat[slot.path])) for name, slot in TORCHVISION.list_slots(model.spec).items()}
+    tensors = {
+        name: slot.to_tensor(np.asarray(flat[slot.path])) for name, slot in TORCHVISION.list_slots(model.spec).items()
+    }
     head = {"head.0.weight": np.ones((4, 1280), np.float32), "head.2.weight": np.ones((4, 4), np.float32)}
     path = str(tmp_path / "w.safetensors")
     save_file({name: np.ascontiguousarray(t) for name, t in {**tensors, **head}.items()}, path)

@@ -72,9 +72,9 @@ class _Pickler(pickle._Pickler):  # pyright: ignore[reportAttributeAccessIssue]
         return _Global("torch._utils", "_rebuild_tensor_v2"), arguments
 
     def save_name(self, obj: _Global) -> None:
-        self.write(b"c" + f"{obj.module}\n{obj.name}\n".encode())
+        self.write(b"c" + f"{obj.module}\n{obj.name}\n".encode())  # pyright: ignore[reportAttributeAccessIssue]
 
-    dispatch = {**pickle._Pickler.dispatch, _Global: save_name}  # pyright: ignore[reportAttributeAccessIssue]  # noqa: RUF012
+    dispatch = {**pickle._Pickler.dispatch, _Global: save_name}  # noqa: RUF012  # pyright: ignore
 
 
 def write_checkpoint(path: Path, value: Any) -> Path:

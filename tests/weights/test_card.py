@@ -80,7 +80,7 @@ def test_class_names_are_text():
 @pytest.mark.parametrize("text", ["\x1b[2J", "a\nb", "x" * 3000, 7])
 def test_text_that_a_terminal_would_obey_is_refused(text):
     for changes in ({"class_names": ["cat", text]}, {"notes": [text]}, {"name": text}):
-        with pytest.raises(WeightsError, match="no text|text with control characters|no valid 'name'"):
+        with pytest.raises(WeightsError, match=r"no text|text with control characters|no valid 'name'"):
             check_card({**CARD, **changes}, source="w")
 
 
@@ -88,7 +88,11 @@ def test_text_that_a_terminal_would_obey_is_refused(text):
     ("key", "value"), [("expanded", 0), ("expanded", -8), ("filters", 0), ("stride", 0), ("kernel", 2), ("dilation", 0)]
 )
 def test_rows_that_cannot_be_are_refused(key, value):
-    for convention, model in (("timm", "mobilenet_v3_small"), ("timm", "mobilenet_edgetpu_v2_xs"), ("timm", "mobilenet_v4_conv_small")):
+    for convention, model in (
+        ("timm", "mobilenet_v3_small"),
+        ("timm", "mobilenet_edgetpu_v2_xs"),
+        ("timm", "mobilenet_v4_conv_small"),
+    ):
         spec = to_json(make_spec(model, num_classes=2, convention=convention))
         row = next(row for row in spec["rows"] if key in row and "expanded" in row)
         row[key] = value

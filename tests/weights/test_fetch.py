@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from strangers import make_tensors, split_layers, write_keras_2
 
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
@@ -15,7 +16,6 @@ from mobilenet_jax.weights.card import HALF
 from mobilenet_jax.weights.keras_names import KERAS
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
-from strangers import make_tensors, split_layers, write_keras_2
 
 
 class _Server(ThreadingHTTPServer):

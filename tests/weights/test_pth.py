@@ -148,7 +148,9 @@ def test_what_would_execute_is_refused_and_named(tmp_path, monkeypatch, protocol
     pickled = pickle.dumps(value, protocol)
     (tmp_path / "bare.pth").write_bytes(pickled)
     for path in (*write_both(tmp_path, pickled), tmp_path / "bare.pth"):
-        with pytest.raises(WeightsError, match=r"cannot be read.*(names '|has the opcode [A-Z0-9_]+, |no known format)"):
+        with pytest.raises(
+            WeightsError, match=r"cannot be read.*(names '|has the opcode [A-Z0-9_]+, |no known format)"
+        ):
             read_tensors(path)
     assert not (tmp_path / "executed").exists()
 
@@ -165,7 +167,14 @@ class _Loud:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_other_objects_are_placeholders_that_nothing_built(tmp_path, protocol):
-    value = {"args": _Loud(), "kind": _Plain, "path": Path("a"), "set": {1}, "frozen": frozenset({2}), "data": [b"b", 1 << 40]}
+    value = {
+        "args": _Loud(),
+        "kind": _Plain,
+        "path": Path("a"),
+        "set": {1},
+        "frozen": frozenset({2}),
+        "data": [b"b", 1 << 40],
+    }
     value |= {"shared": [pair := (0.9, 0.999), pair], "more": Counter("aab"), "when": datetime.date(2026, 1, 2)}
     write_zip(tmp_path / "w.pth", pickle.dumps(value, protocol))
     content = PthFile(tmp_path / "w.pth").content

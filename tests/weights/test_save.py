@@ -112,7 +112,8 @@ def test_what_a_framework_cannot_hold_is_said(tiny, tmp_path):
 def test_the_card_lies_beside_a_file_that_cannot_hold_it(tiny, tmp_path):
     model, variables, card = tiny
     path, card = tmp_path / "w.pth", {**card, "metrics": {"eval/top1": 0.5}}
-    beside = save_weights(path, *tiny[:2], card, format="torchvision")
+    beside = save_weights(path, model, variables, card, format="torchvision")
+    assert beside is not None
     assert beside == tmp_path / "w.pth.card.json"
     found, loaded, read = load_weights(path)
     assert found == model
@@ -125,7 +126,9 @@ def test_the_card_lies_beside_a_file_that_cannot_hold_it(tiny, tmp_path):
     assert (named["name"], named["class_names"]) == ("torchvision/mobilenet_v2", card["class_names"])
     assert load_weights(path, classifier="drop")[0].spec.num_classes == 0
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    with pytest.raises(WeightsError, match=r"w\.pth\.card\.json was not written for the w\.pth beside it; delete it, or"):
+    with pytest.raises(
+        WeightsError, match=r"w\.pth\.card\.json was not written for the w\.pth beside it; delete it, or"
+    ):
         load_weights(path)
     for text in ("{", "[]", "[" * 100_000, '{"spec": 1}'):
         beside.write_text(text)
@@ -135,12 +138,15 @@ def test_the_card_lies_beside_a_file_that_cannot_hold_it(tiny, tmp_path):
 
 
 def test_a_card_beside_of_another_network_is_refused(tiny, tmp_path):
-    model, variables, card = tiny
     path = tmp_path / "w.pth"
     beside = save_weights(path, *tiny, format="torchvision")
+    assert beside is not None
     written = json.loads(beside.read_text())
     for changed, message in (
-        ({"spec": to_json(make_spec("mobilenet_v2", width=0.5, num_classes=3))}, "does not fit the network of the card"),
+        (
+            {"spec": to_json(make_spec("mobilenet_v2", width=0.5, num_classes=3))},
+            "does not fit the network of the card",
+        ),
         ({"class_names": ["a"]}, "has 1 class names for 3 classes"),
     ):
         beside.write_text(json.dumps({**written, **changed}))

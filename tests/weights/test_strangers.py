@@ -128,7 +128,9 @@ def test_averaged_weights_are_preferred_and_the_choice_is_said(torchvision, aver
     note = next(note for note in card["notes"] if "averaged weights" in note)
     assert "ema" in note
     assert note in caplog.text
-    with pytest.raises(WeightsError, match=r"holds no nothing; choose with select=NAME \(--select=NAME\): (.*), (.*)") as e:
+    with pytest.raises(
+        WeightsError, match=r"holds no nothing; choose with select=NAME \(--select=NAME\): (.*), (.*)"
+    ) as e:
         load_weights(path, select="nothing")
     labels = str(e.value).rpartition(": ")[2].split(", ")
     for label, (_, expected, _) in zip(labels, (torchvision, average), strict=True):
@@ -177,7 +179,7 @@ def test_a_dict_of_arrays_is_loaded(torchvision):
 
     with pytest.raises(WeightsError, match=r"classifier.1.bias of the dict is no array: it is on another device"):
         load_weights({**tensors, "classifier.1.bias": Broken()})
-    with pytest.raises(WeightsError, match="the dict holds no MobileNet of .*; its tensors: none"):
+    with pytest.raises(WeightsError, match=r"the dict holds no MobileNet of .*; its tensors: none"):
         load_weights({})
 
 
@@ -206,7 +208,7 @@ HEADS = {
 
 @pytest.mark.parametrize("head", HEADS)
 def test_another_head_can_be_dropped_and_the_error_says_so(torchvision, head):
-    spec, flat, tensors = torchvision
+    _, flat, tensors = torchvision
     more = {name: np.ones(shape, "f4") for name, shape in HEADS[head].items()}
     given = {**without(tensors, "classifier"), **more}
     if more:
@@ -236,7 +238,9 @@ def test_a_stem_for_grey_images_is_refused_or_summed(torchvision):
     _, flat, tensors = torchvision
     name, path = "features.0.0.weight", ("params", "stem", "conv", "kernel")
     grey = {**tensors, name: tensors[name][:, :1]}
-    with pytest.raises(WeightsError, match=r"a stem for 1 channels, not for the 3 of RGB images; in_channels=1 loads it"):
+    with pytest.raises(
+        WeightsError, match=r"a stem for 1 channels, not for the 3 of RGB images; in_channels=1 loads it"
+    ):
         load_weights(grey)
     model, variables, _ = load_weights(grey, in_channels=1)
     assert model.spec.in_channels == 1
@@ -284,7 +288,9 @@ def test_a_backbone_inside_a_keras_model_is_found(keras, tmp_path, form):
     elif form.startswith("model"):
         write_keras_2(path, {"mobilenetv2_0.25_96": list_names(backbone), "dropout": {}, "dense_4": dense})
     else:
-        layers = {layer: {n: backbone[n] for n in backbone if n.startswith(f"{layer}/")} for layer in split_layers(backbone)}
+        layers = {
+            layer: {n: backbone[n] for n in backbone if n.startswith(f"{layer}/")} for layer in split_layers(backbone)
+        }
         write_keras_2(path, {**layers, "dense_4": {f"sequential/{name}": values for name, values in dense.items()}})
     model, variables, card = load_weights(path)
     assert model.spec == spec
@@ -385,7 +391,13 @@ def test_names_of_transformers():
         ("mobilenet_v1", {"layer.25.convolution.weight": (1024, 1024, 1, 1), "classifier.weight": (1001, 1024)}),
         ("mobilenet_v2", {"conv_stem.first_conv.convolution.weight": (32, 3, 3, 3)}),
         ("mobilenet_v2", {"conv_stem.reduce_1x1.normalization.running_var": (16,)}),
-        ("mobilenet_v2", {"layer.3.expand_1x1.convolution.weight": (192, 32, 1, 1), "layer.15.conv_3x3.convolution.weight": (960, 1, 3, 3)}),
+        (
+            "mobilenet_v2",
+            {
+                "layer.3.expand_1x1.convolution.weight": (192, 32, 1, 1),
+                "layer.15.conv_3x3.convolution.weight": (960, 1, 3, 3),
+            },
+        ),
         ("mobilenet_v2", {"conv_1x1.convolution.weight": (1280, 320, 1, 1), "classifier.bias": (1001,)}),
     ):
         shapes = {name: tensor.shape for name, tensor in make_tensors(TRANSFORMERS, model, num_classes=1001)[2].items()}
@@ -478,7 +490,9 @@ def encode_constant(name: str, tensor: np.ndarray, *, kind: int = 1, numbers: by
 def write_graph(path: Path, tensors: dict) -> Path:
     """A frozen GraphDef: the variables, and nodes that use them."""
     nodes = [encode_constant(name, tensor) for name, tensor in tensors.items()]
-    used = [encode(1, encode(1, f"{name}/read".encode()) + encode(2, b"Identity") + encode(3, b"x")) for name in tensors]
+    used = [
+        encode(1, encode(1, f"{name}/read".encode()) + encode(2, b"Identity") + encode(3, b"x")) for name in tensors
+    ]
     shape = encode_constant("Reshape/shape", np.ones(2, "<i4"), kind=3)
     path.write_bytes(b"".join([*nodes, *used, shape]) + encode(4, encode(1, 27)))
     return path
@@ -490,7 +504,7 @@ def test_a_frozen_graph_and_an_npz_of_slim(tmp_path, model):
     averages = {f"{name}/ExponentialMovingAverage": t for name, t in tensors.items() if "moving" not in name}
     others = {"global_step": np.array(9), **{f"{name}/RMSProp": t * 0 for name, t in tensors.items()}}
     zeros = {name: t * 0 for name, t in tensors.items() if "moving" not in name}
-    np.savez(tmp_path / "w.npz", **{**tensors, **others, **averages, **zeros})
+    np.savez(tmp_path / "w.npz", **{**tensors, **others, **averages, **zeros})  # pyright: ignore
     for path in (write_graph(tmp_path / "frozen.pb", tensors), tmp_path / "w.npz"):
         found, variables, card = load_weights(path)
         assert found.spec == spec
@@ -535,7 +549,11 @@ def test_graphs_of_something_else_are_refused(tmp_path):
     # One number stands for all of a constant, whatever its shape says.
     large = encode(2, encode(1, 1 << 40)) * 2
     value = encode(8, encode(1, 1) + encode(2, large) + encode(5, b"\0\0\x80\x3f"))
-    node = encode(1, b"MobilenetV1/Conv2d_0/weights") + encode(2, b"Const") + encode(5, encode(1, b"value") + encode(2, value))
+    node = (
+        encode(1, b"MobilenetV1/Conv2d_0/weights")
+        + encode(2, b"Const")
+        + encode(5, encode(1, b"value") + encode(2, value))
+    )
     path.write_bytes(encode(1, node))
     with pytest.raises(WeightsError, match="is larger than any of a MobileNet"):
         load_weights(path)
@@ -554,7 +572,7 @@ def test_an_npz_that_lies_is_refused(tmp_path):
         content = archive.read("a.npy").replace(b"(3, 4)", b"(9, 9)")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.npy", content)
-    with pytest.raises(WeightsError, match="its array a of shape .9, 9. is larger than the file"):
+    with pytest.raises(WeightsError, match=r"its array a of shape \[9, 9\] is larger than the file"):
         load_weights(path)
 
 

@@ -479,7 +479,7 @@ def test_merge_leaves_layers_fresh_that_may_be_absent():
     loaded["params"].pop("classifier")
     merged = merge_variables(fresh, loaded, source="there", afresh=("stem",))
     assert_same_bits(merged, fresh)
-    with pytest.raises(ValueError, match="does not fit the model: .* absent or differ"):
+    with pytest.raises(ValueError, match=r"does not fit the model: .* absent or differ"):
         merge_variables(fresh, loaded, source="there")
 
 
