@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from strangers import make_tensors, split_layers, write_keras_2
 
+from benchmarks.strangers import make_tensors, split_layers, write_keras_2
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.weights import WeightsError, fetch

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.mutate import FILES, mutate, try_file
+from benchmarks.mutate import FILES, load_form, mutate, try_file
 from benchmarks.parity import LIMIT, compare_case
+from benchmarks.strangers import write_forms
 from mobilenet_jax.models.init import init_variables, variable_shapes
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.models.spec_json import to_json
@@ -394,6 +395,19 @@ def test_mutated_files_load_or_are_refused_in_a_sentence(reference, tiny, tmp_pa
         path.write_bytes(mutate(data, random.Random(f"{file} {i}")))
         outcomes.append(try_file(path))
     assert outcomes.count("refused") > count / 3
+
+
+def test_mutated_forms_load_or_are_refused_in_a_sentence(tmp_path):
+    """A few of each; benchmarks/mutate.py makes thousands."""
+    outcomes = []
+    for source in write_forms(tmp_path):
+        data, count = source.read_bytes(), 1 if source.suffix == ".h5" else 4
+        for i in range(count):
+            source.write_bytes(mutate(data, random.Random(f"{source.name} {i}")))
+            outcomes.append(try_file(source, load_form))
+        source.write_bytes(data)
+        assert try_file(source, load_form) == "loaded"
+    assert outcomes.count("refused") > len(outcomes) / 3
 
 
 def test_nothing_is_read_as_a_run_that_is_damaged(tmp_path):

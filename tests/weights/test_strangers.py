@@ -12,8 +12,20 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from safetensors.numpy import save_file
-from strangers import Module, make_tensors, split_layers, write_checkpoint, write_keras_2, write_keras_3
 
+from benchmarks.strangers import (
+    Module,
+    encode,
+    encode_constant,
+    make_module,
+    make_tensors,
+    split_layers,
+    write_checkpoint,
+    write_folder,
+    write_graph,
+    write_keras_2,
+    write_keras_3,
+)
 from mobilenet_jax.weights import WeightsError
 from mobilenet_jax.weights.card import KERAS_EXAMPLE
 from mobilenet_jax.weights.keras_config import read_preprocessing
@@ -88,25 +100,6 @@ AVERAGED = {
     "in one dict": lambda t, e: {"state_dict": {**prefix(t, "net."), **prefix(e, "ema_net.")}},
     "whole models": lambda t, e: {"model": make_module(t), "ema": make_module(e)},
 }
-
-
-def make_module(tensors: dict) -> Module:
-    """The object that torch.save pickles of a model: modules in modules."""
-    root: dict = {}
-    for name, tensor in tensors.items():
-        *path, leaf = name.split(".")
-        place = root
-        for part in path:
-            place = place.setdefault(part, {})
-        place[leaf] = tensor
-
-    def build(part: dict) -> Module:
-        modules = {name: build(child) for name, child in part.items() if isinstance(child, dict)}
-        own = {name: child for name, child in part.items() if not isinstance(child, dict)}
-        buffers = {name: own.pop(name) for name in list(own) if name.startswith("running")}
-        return Module(training=False, _parameters=own, _buffers=buffers, _modules=modules)
-
-    return build(root)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -348,15 +341,6 @@ def test_keras_v3_without_its_top_has_its_classifier_behind_the_pooling():
 # Folders of Hugging Face.
 
 
-def write_folder(folder: Path, tensors: dict, config: dict, processor: dict | None = None) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    if processor is not None:
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
 PROCESSOR = {"size": {"shortest_edge": 128}, "crop_size": {"height": 96, "width": 96}, "resample": 3}
 PROCESSOR |= {"image_mean": [0.5, 0.5, 0.25], "image_std": [0.5, 0.5, 1.0], "rescale_factor": 1 / 255}
 
@@ -463,39 +447,6 @@ def test_a_preprocessor_that_cannot_be_is_refused(tmp_path, processor):
 
 
 # TensorFlow-Slim.
-
-
-def encode(number: int, value: bytes | int) -> bytes:
-    """A field of a protocol buffer."""
-
-    def varint(value: int) -> bytes:
-        more = value >> 7
-        return bytes([value & 127 | 128]) + varint(more) if more else bytes([value])
-
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def encode_constant(name: str, tensor: np.ndarray, *, kind: int = 1, numbers: bytes | None = None) -> bytes:
-    """A node of a GraphDef; `numbers` are written one by one in the place of the tensor's content."""
-    shape = b"".join(encode(2, encode(1, size)) for size in tensor.shape)
-    content = encode(4, tensor.tobytes()) if numbers is None else encode(5, numbers)
-    value = encode(8, encode(1, kind) + encode(2, shape) + content)
-    attribute = encode(1, b"value") + encode(2, value)
-    node = encode(1, name.encode()) + encode(2, b"Const") + encode(5, encode(1, b"dtype") + encode(2, encode(6, 1)))
-    return encode(1, node + encode(5, attribute))
-
-
-def write_graph(path: Path, tensors: dict) -> Path:
-    """A frozen GraphDef: the variables, and nodes that use them."""
-    nodes = [encode_constant(name, tensor) for name, tensor in tensors.items()]
-    used = [
-        encode(1, encode(1, f"{name}/read".encode()) + encode(2, b"Identity") + encode(3, b"x")) for name in tensors
-    ]
-    shape = encode_constant("Reshape/shape", np.ones(2, "<i4"), kind=3)
-    path.write_bytes(b"".join([*nodes, *used, shape]) + encode(4, encode(1, 27)))
-    return path
 
 
 @pytest.mark.parametrize("model", ["mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small"])

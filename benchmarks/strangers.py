@@ -1,5 +1,7 @@
-"""Files as other frameworks write them, written by hand: no framework is needed."""
+"""Files of weights as other frameworks write them, for tests and `mutate.py`. No framework is needed."""
 
+import argparse
+import json
 import math
 import pickle
 import zipfile
@@ -9,11 +11,16 @@ from typing import Any
 
 import h5py
 import numpy as np
+from safetensors.numpy import save_file
 
 from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.spec import Spec
 from mobilenet_jax.models.zoo import make_spec
+from mobilenet_jax.weights.keras_names import KERAS
 from mobilenet_jax.weights.naming import Naming
+from mobilenet_jax.weights.slim_names import SLIM
+from mobilenet_jax.weights.torch_names import TIMM
+from mobilenet_jax.weights.transformers_names import TRANSFORMERS
 
 
 def make_tensors(naming: Naming, model: str, *, seed: int = 0, **options) -> tuple[Spec, dict, dict[str, np.ndarray]]:
@@ -127,3 +134,92 @@ def write_keras_3(path: Path, backbone: dict[str, np.ndarray], others: dict[str,
         file.create_group("layers/functional/vars")
         file["optimizer/vars/0"] = 7
     return path
+
+
+def make_module(tensors: dict) -> Module:
+    """The object that torch.save pickles of a model: modules in modules."""
+    root: dict = {}
+    for name, tensor in tensors.items():
+        *path, leaf = name.split(".")
+        place = root
+        for part in path:
+            place = place.setdefault(part, {})
+        place[leaf] = tensor
+
+    def build(part: dict) -> Module:
+        modules = {name: build(child) for name, child in part.items() if isinstance(child, dict)}
+        own = {name: child for name, child in part.items() if not isinstance(child, dict)}
+        buffers = {name: own.pop(name) for name in list(own) if name.startswith("running")}
+        return Module(training=False, _parameters=own, _buffers=buffers, _modules=modules)
+
+    return build(root)
+
+
+def write_folder(folder: Path, tensors: dict, config: dict, processor: dict | None = None) -> Path:
+    """A folder of Hugging Face: weights, the network's configuration, the image processor's if there is one."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def encode(number: int, value: bytes | int) -> bytes:
+    """A field of a protocol buffer."""
+
+    def varint(value: int) -> bytes:
+        more = value >> 7
+        return bytes([value & 127 | 128]) + varint(more) if more else bytes([value])
+
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def encode_constant(name: str, tensor: np.ndarray, *, kind: int = 1, numbers: bytes | None = None) -> bytes:
+    """A node of a GraphDef; `numbers` are written one by one in the place of the tensor's content."""
+    shape = b"".join(encode(2, encode(1, size)) for size in tensor.shape)
+    content = encode(4, tensor.tobytes()) if numbers is None else encode(5, numbers)
+    value = encode(8, encode(1, kind) + encode(2, shape) + content)
+    attribute = encode(1, b"value") + encode(2, value)
+    node = encode(1, name.encode()) + encode(2, b"Const") + encode(5, encode(1, b"dtype") + encode(2, encode(6, 1)))
+    return encode(1, node + encode(5, attribute))
+
+
+def write_graph(path: Path, tensors: dict) -> Path:
+    """A frozen GraphDef: the variables, and nodes that use them."""
+    nodes = [encode_constant(name, tensor) for name, tensor in tensors.items()]
+    used = [
+        encode(1, encode(1, f"{name}/read".encode()) + encode(2, b"Identity") + encode(3, b"x")) for name in tensors
+    ]
+    shape = encode_constant("Reshape/shape", np.ones(2, "<i4"), kind=3)
+    path.write_bytes(b"".join([*nodes, *used, shape]) + encode(4, encode(1, 27)))
+    return path
+
+
+def write_forms(folder: Path) -> list[Path]:
+    """Write a small network in every form that people bring, and return the paths."""
+    tiny = {"model": "mobilenet_v1", "width": 0.1, "num_classes": 3}
+    _, _, timm = make_tensors(TIMM, **tiny)
+    _, _, other = make_tensors(TIMM, **tiny, seed=1)
+    _, _, slim = make_tensors(SLIM, **tiny)
+    _, _, transformers = make_tensors(TRANSFORMERS, **tiny)
+    _, _, keras = make_tensors(KERAS, **tiny)
+    head = [keras.pop("conv_preds/kernel")[0, 0], keras.pop("conv_preds/bias")]
+    checkpoint = {"state_dict": timm, "state_dict_ema": other, "args": argparse.Namespace(lr=0.1), "epoch": 3}
+    np.savez(folder / "slim.npz", **slim)  # pyright: ignore[reportArgumentType]
+    config = {"model_type": "mobilenet_v1", "id2label": {"0": "a", "1": "b", "2": "c"}}
+    processor = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "image_mean": [0.5] * 3}
+    hub = write_folder(folder / "hub", transformers, config, processor)
+    return [
+        write_checkpoint(folder / "checkpoint.pth.tar", checkpoint),
+        write_checkpoint(folder / "model.pth", make_module(timm)),
+        write_keras_3(folder / "nested.weights.h5", keras, {"dense": head}),
+        write_keras_2(
+            folder / "nested.h5", {"mobilenet_0.10_96": keras, "d": {"d/kernel": head[0], "d/bias": head[1]}}
+        ),
+        write_graph(folder / "frozen.pb", slim),
+        folder / "slim.npz",
+        *(hub / name for name in ("config.json", "preprocessor_config.json", "model.safetensors")),
+    ]
