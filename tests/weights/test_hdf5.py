@@ -150,6 +150,11 @@ def test_a_crash_and_a_hang_of_the_library_are_a_sentence(tmp_path, monkeypatch)
     monkeypatch.setattr(hdf5.sys, "executable", "/bin/false")
     with pytest.raises(WeightsError, match="HDF5's library crashed on it, with code 1"):
         read_tensors(tmp_path / "w.h5")
+    (tmp_path / "works").write_text("#!/bin/sh\nkill -XCPU $$\n")
+    (tmp_path / "works").chmod(0o755)
+    monkeypatch.setattr(hdf5.sys, "executable", str(tmp_path / "works"))
+    with pytest.raises(WeightsError, match=r"did not finish reading it in 10 s of CPU time"):
+        read_tensors(tmp_path / "w.h5")
     (tmp_path / "sleeps").write_text("#!/bin/sh\nexec sleep 60\n")
     (tmp_path / "sleeps").chmod(0o755)
     monkeypatch.setattr(hdf5.sys, "executable", str(tmp_path / "sleeps"))
