@@ -4,8 +4,8 @@
 
 COUNT files of weights and COUNT images, of all formats and forms, are damaged at random from a seed: they are
 truncated, or have flipped bits, zeroed or repeated ranges, swapped types, or huge numbers in their headers. Each row of
-the table counts the results for one file. The exit code is 1 if a file was neither loaded nor refused, took more than 10 seconds of CPU
-time or 2 minutes on the clock, or if memory grew by more than a gigabyte.
+the table counts the results for one file. The exit code is 1 if a file was neither loaded nor refused, if it took more
+than 10 seconds of CPU time or 2 minutes on the clock, or if memory grew by more than a gigabyte.
 """
 
 import argparse
