@@ -81,21 +81,21 @@ def _read_timm(config: dict[str, Any]) -> Hints:
     return Hints(f"timm/{config['architecture']}{tag}", preprocessing, _read_names(config.get("label_names")))
 
 
-def _read_transformers(config: dict[str, Any], preprocessor: dict[str, Any]) -> Hints:
-    labels = config.get("id2label") or {}
+def _read_transformers(network: dict[str, Any], preprocessor: dict[str, Any]) -> Hints:
+    labels = network.get("id2label") or {}
     names = [labels.get(str(i)) for i in range(len(labels))]
     is_named = bool(names) and not all(name == f"LABEL_{i}" for i, name in enumerate(names))
     changes = {
-        "padding": "same" if config.get("tf_padding", True) else "symmetric",
-        "bn_epsilon": float(config.get("layer_norm_eps", 1e-3)),
+        "padding": "same" if network.get("tf_padding", True) else "symmetric",
+        "bn_epsilon": float(network.get("layer_norm_eps", 1e-3)),
     }
-    options = {"activation": config.get("hidden_act", "relu6")}
+    options = {"activation": network.get("hidden_act", "relu6")}
     check_choice("its hidden_act", options["activation"], ("relu6", "relu"))
-    if config.get("output_stride", 32) != 32:
-        options["output_stride"] = config["output_stride"]
+    if network.get("output_stride", 32) != 32:
+        options["output_stride"] = network["output_stride"]
     return Hints(
-        f"transformers/{config['model_type']}",
-        _read_preprocessor(preprocessor, size=config.get("image_size", 224)),
+        f"transformers/{network['model_type']}",
+        _read_preprocessor(preprocessor, size=network.get("image_size", 224)),
         _read_names(names) if is_named else None,
         changes,
         options,

@@ -1,5 +1,6 @@
 """The names and layouts of another framework's tensors, and the search for the network that a file holds."""
 
+import functools
 import itertools
 import math
 import re
@@ -179,10 +180,15 @@ def _find_closest(naming: Naming, shapes: Shapes) -> list[Entry]:
 
     def count_strangers(entry: Entry) -> int:
         spec = make_spec(entry.model, width=entry.width or 1.0, convention=entry.convention)
-        return len(naming.list_slots(_fit_ends(naming, spec, shapes)).keys() ^ shapes.keys())
+        return len(_list_names(naming, _fit_ends(naming, spec, shapes)) ^ shapes.keys())
 
     counts = [count_strangers(entry) for entry in naming.entries]
     return [entry for entry, count in zip(naming.entries, counts, strict=True) if count == min(counts)]
+
+
+@functools.lru_cache(maxsize=128)  # every file of a framework is compared with the same networks
+def _list_names(naming: Naming, spec: Spec) -> frozenset[str]:
+    return frozenset(naming.list_slots(spec))
 
 
 def _candidates(naming: Naming, entry: Entry, shapes: Shapes, width: float | None, *, drop: bool) -> Iterator[Match]:
