@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from benchmarks.strangers import make_tensors, split_layers, write_keras_2
+from benchmarks.strangers import make_tensors, split_layers, write_checkpoint, write_keras_2
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.weights import WeightsError, fetch
@@ -16,6 +16,7 @@ from mobilenet_jax.weights.card import HALF
 from mobilenet_jax.weights.keras_names import KERAS
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
+from mobilenet_jax.weights.transformers_names import TRANSFORMERS
 
 
 class _Server(ThreadingHTTPServer):
@@ -268,7 +269,7 @@ def test_a_name_is_loaded_once_it_is_there_without_a_network(server, tmp_path, m
     assert server.asked == [("GET", f"/{file}", None)]
 
 
-def test_the_hub_gives_timms_weights_with_their_preprocessing(server, tmp_path, monkeypatch):
+def test_the_hub_gives_weights_with_their_preprocessing(server, tmp_path, monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "ENDPOINT", server.url.rstrip("/"))
@@ -295,6 +296,17 @@ def test_the_hub_gives_timms_weights_with_their_preprocessing(server, tmp_path, 
             "mean": [127.5, 127.5, 127.5],
             "std": [63.75, 127.5, 127.5],
         }
+    # transformers: an older repository, in PyTorch's format
+    _, _, tensors = make_tensors(TRANSFORMERS, "mobilenet_v1", width=0.1, num_classes=2)
+    write_checkpoint(tmp_path / "hub.bin", tensors)
+    older = {"pytorch_model.bin": (tmp_path / "hub.bin").read_bytes()}
+    older["config.json"] = json.dumps({"model_type": "mobilenet_v1", "id2label": {"0": "cat", "1": "dog"}}).encode()
+    older["preprocessor_config.json"] = json.dumps({"size": 128, "crop_size": 64}).encode()
+    server.files |= {f"google/mine/resolve/main/{name}": data for name, data in older.items()}
+    for offline in (False, True):
+        _, _, card = load_weights("hf:google/mine", offline=offline)
+        assert (card["name"], card["class_names"]) == ("transformers/mobilenet_v1", ["cat", "dog"])
+        assert (card["preprocessing"]["image_size"], card["preprocessing"]["crop_share"]) == (64, 0.5)
     with pytest.raises(WeightsError, match="hf:timm/none cannot be downloaded: "):
         load_weights("hf:timm/none")
     server.files["timm/odd/resolve/main/config.json"] = b'{"architecture": "resnet"}'
