@@ -25,6 +25,7 @@ _GROUPS_LIMIT = 5_000  # a MobileNet has about 300 layers
 _TENSORS_LIMIT = 5_000
 _DEPTH_LIMIT = 8  # of models in each other
 _ATTRIBUTE_LIMIT = 1_000_000  # bytes
+_CONFIG_LIMIT = 10_000_000  # bytes of JSON; that of V3-Large has 300,000
 _MEMORY = 250_000_000  # bytes of address space, besides the file's own; Python with h5py takes 120,000,000
 _CPU_SECONDS = 10
 _SECONDS = 60  # on the clock, on a machine that does other work too
@@ -88,7 +89,8 @@ def _measure_memory(pid: int) -> int:
 def _main(path: Path) -> None:
     """Write the tensors to standard output as .npz, or the error to standard error as one line."""
     limit = _limit_memory(path)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if not _WATCH:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS + 1))
     try:
         tensors = _read(path)
@@ -114,7 +116,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 def _open_zip(path: Path) -> tuple[bytes, io.BytesIO]:
     """Return (configuration, HDF5 file) of a .keras file; Keras does not compress the second."""
     with zipfile.ZipFile(path) as archive:
-        for member, limit in ((_WEIGHTS_MEMBER, path.stat().st_size), (_CONFIG_MEMBER, _ATTRIBUTE_LIMIT)):
+        for member, limit in ((_WEIGHTS_MEMBER, path.stat().st_size), (_CONFIG_MEMBER, _CONFIG_LIMIT)):
             if member in archive.namelist() and archive.getinfo(member).file_size > limit:
                 raise WeightsError(f"its {member} is larger than the file, or than any that Keras writes")
         config = archive.read(_CONFIG_MEMBER) if _CONFIG_MEMBER in archive.namelist() else b""

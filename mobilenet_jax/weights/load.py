@@ -93,6 +93,8 @@ def load_weights(
         hints = replace(hints, name=name or hints.name)
     if path.is_dir():
         weights = None if is_bucket(path) else find_weights(Path(path))
+        if weights is None and (path / "saved_model.pb").exists():
+            raise WeightsError(f"{path} is a TensorFlow SavedModel; valid: the model saved as .keras or .h5")
         if weights is None:
             spec, variables, card = adapt(*_load_run(path), Source(str(path), path.name, str, **asked))
             return MobileNet(spec, **options), variables, card
@@ -162,7 +164,7 @@ def _hash_arrays(tree: Any) -> str:
     digest = hashlib.sha256()
     for tensors in find_states(tree).values():
         for array in _to_arrays(tensors).values():
-            digest.update(np.ascontiguousarray(array).data)
+            digest.update(array.tobytes())  # some types of numbers have no buffer
     return digest.hexdigest()
 
 

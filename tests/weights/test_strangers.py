@@ -446,6 +446,12 @@ def test_a_preprocessor_that_cannot_be_is_refused(tmp_path, processor):
         load_weights(write_folder(tmp_path / "w", {"a": np.ones(1, "f4")}, config, processor))
 
 
+def test_a_saved_model_of_tensorflow_is_named(tmp_path):
+    (tmp_path / "saved_model.pb").touch()
+    with pytest.raises(WeightsError, match=r"is a TensorFlow SavedModel; valid: the model saved as \.keras or \.h5"):
+        load_weights(tmp_path)
+
+
 # TensorFlow-Slim.
 
 
