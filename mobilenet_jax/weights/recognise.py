@@ -22,6 +22,8 @@ _COUNTERS = ("num_batches_tracked", "n_averaged")
 # Words in the names of averaged weights: timm's state_dict_ema, torchvision's model_ema, TensorFlow's variables.
 _AVERAGED = {"ema", "averaged", "swa", "shadow", "exponentialmovingaverage"}
 _DEPTH_LIMIT = 60  # of dicts and modules in each other
+_KEY_LIMIT = 200  # characters of a key on the way to tensors; every place repeats the keys above it
+_CHOICES_LIMIT = 100  # networks in a file
 _SEGMENTATION = "segmentation_head."  # of transformers' MobileNetV2ForSemanticSegmentation
 # torchvision's networks without `features.`, as `model.features.state_dict()` and `nn.Sequential` write them.
 _BARE_STEM, _BARE_BLOCKS = "0.0.weight", ("1.conv.0.0.weight", "1.block.0.0.weight")
@@ -106,6 +108,8 @@ def _choose(
     """Return (the framework, the tensors by its names, notes) of one network of the tree."""
     states = find_states(tree)
     choices = dict(_list_choices(states, [naming] if naming else list(NAMINGS.values())))
+    if len(choices) > _CHOICES_LIMIT:
+        raise WeightsError(f"{source} holds {len(choices):,} networks; valid: at most {_CHOICES_LIMIT}")
     if not choices:
         tensors = max(states.values(), key=len, default={})
         if select is None and (naming or _looks_like_keras(tensors)):
@@ -174,7 +178,10 @@ def find_states(tree: Any) -> dict[str, dict[str, Any]]:
         seen.add(id(value))
         if tensors:
             found[path] = tensors
-        queue.extend((f"{path}.{key}" if path else key, child, depth + 1) for key, child in children.items())
+        for key, child in children.items():
+            if isinstance(child, Mapping | Opaque):
+                place = printable(key, limit=_KEY_LIMIT)
+                queue.append((f"{path}.{place}" if path else place, child, depth + 1))
     return found
 
 
@@ -191,6 +198,8 @@ def _list_module(module: Opaque) -> Iterator[tuple[str, Any]]:
         parts = [state.get(part) for part in ("_parameters", "_buffers", "_modules")]
         members = [part for part in parts if isinstance(part, dict)] or [state]
         for key, child in (item for part in members for item in part.items() if isinstance(item[0], str)):
+            if len(key) > _KEY_LIMIT:
+                continue
             if _is_tensor(child):
                 yield f"{prefix}{key}", child
             elif isinstance(child, Opaque):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import time
 import zipfile
 from collections import OrderedDict
 from dataclasses import replace
@@ -566,3 +567,14 @@ def test_names_reach_the_terminal_short_and_escaped(torchvision, tmp_path):
         assert str(caught.value).isprintable()
     _, _, card = load_weights(prefix(torchvision[2], "\x1b[2J" * 99 + "."))
     assert all(note.isprintable() and len(note) < 500 for note in card["notes"])
+
+
+def test_files_made_to_have_many_networks_or_long_places_take_bounded_time(torchvision):
+    stem, begun = "features.0.0.weight", time.process_time()
+    many = {f"{'ema' if i == 0 else i}.{stem}": np.ones(1, "f4") for i in range(40_000)}
+    with pytest.raises(WeightsError, match="the dict holds 40,000 networks; valid: at most 100"):
+        load_weights(many)
+    long = {"x" * 1_000_000: {str(i): {"a": np.ones(1, "f4")} for i in range(20_000)}}
+    with pytest.raises(WeightsError, match="the dict holds no MobileNet"):
+        load_weights(long)
+    assert time.process_time() - begun < 10
