@@ -145,10 +145,15 @@ def _list_choices(states: dict[str, dict[str, Any]], namings: list[Naming]) -> I
             yield ".".join(filter(None, parts)) or "all", _Choice(naming, tensors, prefix, replacement)
 
 
+@functools.cache
+def _list_stems(naming: Naming) -> tuple[str, ...]:
+    return naming.list_stems()
+
+
 def _find_prefixes(tensors: dict[str, Any], namings: list[Naming]) -> Iterator[tuple[Naming, str, str]]:
     """Yield (framework, what comes before its names, what belongs there instead) for each stem among the names."""
     for naming in namings:
-        for stem in naming.list_stems():
+        for stem in _list_stems(naming):
             for name in tensors:
                 if name == stem or name.endswith((f".{stem}", f"/{stem}")):
                     yield naming, name.removesuffix(stem), ""
