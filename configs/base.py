@@ -17,6 +17,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.parallel = "jit"  # batch-norm statistics over: jit: the global batch | pmap: the batch of each device
     config.init = ""  # initial weights: a file, the workdir of a run, or a name to download; empty: random
     config.init_name = ""  # the model in that file, such as timm/tf_mobilenetv3_large_100, if its tensors fit several
+    config.init_select = ""  # the network in a checkpoint that has several, such as state_dict; empty: averaged weights
+    config.init_classifier = "keep"  # keep | drop: the last layers start afresh, whatever the file has there
 
     # If one of name, width, convention, data.image_size, crop_share, interpolation, squash, mean and std is none, its
     # value is taken from the card of the weights in `init`; transfer.py uses this.

@@ -101,7 +101,7 @@ def evaluate_weights(flags: argparse.Namespace, config, workdir: str, overrides:
 
     try:
         path = as_path(workdir) / "evaluation.json"
-        weights = load_weights(flags.weights, flags.name, offline=flags.offline)
+        weights = load_weights(flags.weights, flags.name, offline=flags.offline, select=flags.select)
         apply_preprocessing(config, weights[2], overrides)
         result = evaluate.evaluate_weights(weights, config.data)
         if is_first := jax.process_index() == 0:

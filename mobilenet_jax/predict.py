@@ -42,7 +42,7 @@ def run(flags: argparse.Namespace) -> int:
     configure_memory(flags.compilation_cache)
     try:
         files = list_images(flags.images)
-        weights = load_weights(flags.weights, flags.name, offline=flags.offline)
+        weights = load_weights(flags.weights, flags.name, offline=flags.offline, select=flags.select)
         predictions = predict(weights, files, top=flags.top, batch_size=flags.batch_size)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error

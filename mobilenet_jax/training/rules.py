@@ -16,6 +16,7 @@ from mobilenet_jax.models.spec import ACTIVATIONS, INITS, SE_GATES, SE_ROUNDINGS
 from mobilenet_jax.models.zoo import CONVENTIONS, MODELS
 from mobilenet_jax.training.optim import OPTIMIZERS, SCHEDULES
 from mobilenet_jax.training.sharding import PARALLEL
+from mobilenet_jax.weights import CLASSIFIERS
 
 
 class Rule(NamedTuple):
@@ -90,6 +91,8 @@ RULES: dict[str, Rule] = {
     "parallel": _one_of(PARALLEL),
     "init": _TEXT,
     "init_name": _TEXT,
+    "init_select": _TEXT,
+    "init_classifier": _one_of(CLASSIFIERS),
     "model.name": _one_of(MODELS),
     "model.width": _above(0, high=16),
     "model.convention": _one_of(CONVENTIONS),

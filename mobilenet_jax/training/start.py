@@ -65,4 +65,5 @@ def fill_from_weights(setup: Setup, variables: dict) -> dict:
             f"{ours.padding} and {ours.bn_epsilon}; set model.convention to {card['convention']}"
         )
     warn_of_other_preprocessing(config, card)
-    return merge_variables(variables, loaded, source=config.init)
+    afresh = ("head", "hidden") if config.init_classifier == "drop" else ()
+    return merge_variables(variables, loaded, source=config.init, afresh=afresh)
