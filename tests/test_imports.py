@@ -23,6 +23,7 @@ FLOORS = {
     "weights": {"workdir", "models", "paths"},
     "training": {"weights", "workdir", "data", "models", "plots", "paths"},
     "inference": {"training", "weights", "data", "models"},
+    "exporting": {"inference", "training", "weights", "workdir", "data", "models", "paths"},
     "diagnosis": {"cli", "inference", "training", "weights", "workdir", "data", "models", "plots", "paths"},
     "cli": set(),
     "studies": {"cli", "training", "workdir", "data", "models", "plots", "paths"},

@@ -195,7 +195,7 @@ class SqueezeExcite(nn.Module):
         return x * gates[:, None, None, :]
 
 
-def _average_pairs(x: jax.Array) -> jax.Array:
+def average_pairs(x: jax.Array) -> jax.Array:
     """Average 2x2 pixels: [B, H, W, C] to [B, H // 2, W // 2, C]."""
     return nn.avg_pool(x, (2, 2), (2, 2))
 
@@ -207,7 +207,7 @@ def _blur(x: jax.Array) -> jax.Array:
     return cpu.plain_conv(x, kernel, stride=2, pads=((1, 1), (1, 1)), groups=x.shape[-1])
 
 
-ANTIALIASES: dict[str, Callable[[jax.Array], jax.Array]] = {"avg": _average_pairs, "blur": _blur}
+ANTIALIASES: dict[str, Callable[[jax.Array], jax.Array]] = {"avg": average_pairs, "blur": _blur}
 
 
 def spatial_mean(x: jax.Array) -> jax.Array:
