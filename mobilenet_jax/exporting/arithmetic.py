@@ -31,11 +31,16 @@ class Encoding(NamedTuple):
     zero: jax.Array  # int32 []
 
 
+def keep(x: jax.Array) -> jax.Array:
+    """Keep XLA from computing x in another way for the sake of what uses it."""
+    return lax.optimization_barrier(x)
+
+
 def make_encoding(low: jax.Array, high: jax.Array) -> Encoding:
     """Return the encoding of the numbers from `low` to `high`; the range is extended to 0, which is always exact."""
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     # A product, because XLA makes a product of a division by a constant.
-    scale = _keep(jnp.maximum(high - low, 1e-6) * np.float32(1 / 255))
+    scale = keep(jnp.maximum(high - low, 1e-6) * np.float32(1 / 255))
     zero = jnp.clip(jnp.round(SMALLEST - low / scale), SMALLEST, LARGEST)
     return Encoding(scale, zero.astype(jnp.int32))
 
@@ -65,9 +70,9 @@ def _round(x: jax.Array) -> jax.Array:
     return straight_through(x, jnp.round(x))
 
 
-def encode(x: jax.Array, encoding: Encoding) -> jax.Array:
-    """Return the levels of numbers, as XNNPACK converts float32 to int8: a product with the inverse of the scale."""
-    return saturate(_keep(x * _keep(1 / encoding.scale)), encoding)
+def encode(x: jax.Array, output: Encoding) -> jax.Array:
+    """Return numbers in levels of `output`, as XNNPACK converts float32 to int8: times the inverse of the scale."""
+    return x * keep(1 / output.scale)
 
 
 def decode(levels: jax.Array, encoding: Encoding) -> jax.Array:
@@ -78,13 +83,13 @@ def decode(levels: jax.Array, encoding: Encoding) -> jax.Array:
 def quantize_kernel(kernel: jax.Array, *, per_tensor: bool = False) -> tuple[jax.Array, jax.Array]:
     """Return (levels, scales [C]) of a kernel [..., C]; each filter has its own scale, its largest weight / 127.
 
-    `per_tensor`: all filters have the scale of the largest weight. The gradient of the levels is that of kernel / scale.
+    `per_tensor`: all filters have the scale of the largest weight. The levels' gradient is that of kernel / scale.
     """
     largest = jnp.max(jnp.abs(lax.stop_gradient(kernel)), axis=tuple(range(kernel.ndim - 1)))
     if per_tensor:
         largest = jnp.full_like(largest, jnp.max(largest))
-    scales = _keep(jnp.maximum(largest, _SMALLEST_SCALE) * np.float32(1 / _KERNEL_LEVELS))
-    levels = kernel * _keep(1 / scales).reshape(*[1] * (kernel.ndim - 1), -1)
+    scales = keep(jnp.maximum(largest, _SMALLEST_SCALE) * np.float32(1 / _KERNEL_LEVELS))
+    levels = kernel * keep(1 / scales).reshape(*[1] * (kernel.ndim - 1), -1)
     return _round(jnp.clip(levels, -_KERNEL_LEVELS, _KERNEL_LEVELS)), scales
 
 
@@ -112,6 +117,12 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, pads: cpu.Pads, di
     return jnp.stack(parts)
 
 
+def multiply_matrix(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return the exact products of levels [B, C] and kernel levels [C, D] in parts, as `convolve` does."""
+    parts = [slice(start, start + _EXACT_TERMS) for start in range(0, len(kernel), _EXACT_TERMS)]
+    return jnp.stack([x[:, part] @ kernel[part] for part in parts])
+
+
 def accumulate(parts: jax.Array, bias: jax.Array) -> jax.Array:
     """Return the int32 sums of exact parts [parts, ..., C] and of a bias [C] in whole units, rounded to float32."""
     wide = bias.reshape(*[1] * (parts.ndim - 2), -1)
@@ -119,40 +130,35 @@ def accumulate(parts: jax.Array, bias: jax.Array) -> jax.Array:
     return straight_through(jnp.sum(parts, axis=0) + wide, total.astype(jnp.float32))
 
 
-def requantize(sums: jax.Array, unit: jax.Array, output: Encoding, activation: str) -> jax.Array:
-    """Return the levels of int32 sums [..., C] whose unit [C] is a number: one float32 factor for each channel."""
-    factor = _keep(unit / _keep(jnp.broadcast_to(output.scale, unit.shape)))
-    return saturate(sums * factor.reshape(*[1] * (sums.ndim - 1), -1), output, activation)
+def rescale(sums: jax.Array, unit: jax.Array, output: Encoding) -> jax.Array:
+    """Return int32 sums [..., C], in units [C], in levels of `output`: one float32 factor for each channel."""
+    factor = keep(unit / keep(jnp.broadcast_to(output.scale, unit.shape)))
+    return sums * factor.reshape(*[1] * (sums.ndim - 1), -1)
 
 
-def add(x: jax.Array, y: jax.Array, inputs: tuple[Encoding, Encoding], output: Encoding, activation: str) -> jax.Array:
-    """Return the levels of a sum of two maps, with XNNPACK's factors of 21 bits; the half is rounded up."""
-    ratios = [_keep(_keep(encoding.scale) / output.scale) for encoding in inputs]
-    exponent = jnp.frexp(jnp.maximum(*ratios))[1] - 1
-    shift = 20 - exponent
+def add(x: jax.Array, y: jax.Array, inputs: tuple[Encoding, Encoding], output: Encoding) -> jax.Array:
+    """Return the sum of two maps in levels of `output`, by XNNPACK's factors of 21 bits; the half is rounded up."""
+    ratios = [keep(keep(encoding.scale) / output.scale) for encoding in inputs]
+    shift = 21 - jnp.frexp(jnp.maximum(*ratios))[1]
     factors = [jnp.round(jnp.ldexp(ratio, shift)).astype(jnp.int32) for ratio in ratios]
     total = x.astype(jnp.int32) * factors[0] + y.astype(jnp.int32) * factors[1]
     total = (total + (1 << (shift - 1))) >> shift
-    return saturate(straight_through(x * ratios[0] + y * ratios[1], total.astype(jnp.float32)), output, activation)
+    return straight_through(x * ratios[0] + y * ratios[1], total.astype(jnp.float32))
 
 
-def multiply(
-    x: jax.Array, y: jax.Array, inputs: tuple[Encoding, Encoding], output: Encoding, activation: str
-) -> jax.Array:
-    """Return the levels of the product of two maps."""
-    factor = _keep(_keep(inputs[0].scale * inputs[1].scale) / output.scale)
-    return saturate(x * y * factor, output, activation)
+def multiply(x: jax.Array, y: jax.Array, inputs: tuple[Encoding, Encoding], output: Encoding) -> jax.Array:
+    """Return the product of two maps in levels of `output`."""
+    return x * y * keep(keep(inputs[0].scale * inputs[1].scale) / output.scale)
 
 
 def mean(x: jax.Array, given: Encoding, output: Encoding) -> jax.Array:
-    """Return the levels [B, C] of the spatial mean of a map [B, H, W, C]."""
+    """Return the spatial mean [B, C] of a map [B, H, W, C] in levels of `output`."""
     pixels = x.shape[1] * x.shape[2]
-    factor = _keep(_keep(given.scale / output.scale) / pixels)
-    return saturate(jnp.sum(x, axis=(1, 2)) * factor, output)
+    return jnp.sum(x, axis=(1, 2)) * keep(keep(given.scale / output.scale) / pixels)
 
 
 def average_pairs(x: jax.Array, encoding: Encoding) -> jax.Array:
-    """Return the levels of the averages of 2x2 pixels, in the same encoding.
+    """Return the averages of 2x2 pixels in the same levels.
 
     TFLite's kernel divides the sum of four codes and rounds half away from 0.
     """
@@ -162,16 +168,11 @@ def average_pairs(x: jax.Array, encoding: Encoding) -> jax.Array:
     return straight_through(sums / 4, jnp.trunc(average + jnp.sign(average) * 0.5) - zero)
 
 
-def _keep(x: jax.Array) -> jax.Array:
-    """Keep XLA from computing x in another way for the sake of what uses it."""
-    return lax.optimization_barrier(x)
-
-
 def hard_swish(x: jax.Array, given: Encoding, output: Encoding) -> jax.Array:
-    """Return the levels of x * relu6(x + 3) / 6, in the 16-bit fixed point of TFLite's reference kernel."""
+    """Return x * relu6(x + 3) / 6 in levels of `output`, in the 16-bit fixed point of TFLite's reference kernel."""
     fine = given.scale * np.float32(1 / 128)
-    gate_factor, gate_exponent = _to_fixed_point(_keep(fine / np.float32(3 / 32768)))
-    out_factor, out_exponent = _to_fixed_point(_keep(fine / output.scale))
+    gate_factor, gate_exponent = _to_fixed_point(keep(fine / np.float32(3 / 32768)))
+    out_factor, out_exponent = _to_fixed_point(keep(fine / output.scale))
     wide = x.astype(jnp.int32) * 128
     unscaled = _multiply_high(wide, out_factor)
     gate = jnp.where(gate_exponent > 0, _shift_left(wide, jnp.maximum(gate_exponent - 1, 0)), wide)
@@ -183,7 +184,7 @@ def hard_swish(x: jax.Array, given: Encoding, output: Encoding) -> jax.Array:
     halved = jnp.sign(product) * (jnp.abs(product) >> 15)  # towards 0
     levels = _shift_right(halved, jnp.maximum(-out_exponent, 0)).astype(jnp.float32)
     smooth = jax.nn.hard_swish(x * given.scale) / output.scale
-    return saturate(straight_through(smooth, levels), output)
+    return straight_through(smooth, levels)
 
 
 def _to_fixed_point(number: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -194,9 +195,8 @@ def _to_fixed_point(number: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _multiply_high(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """Return x * factor / 2**15 of 16-bit integers; the half is rounded away from 0."""
-    product = x * factor
-    return jnp.sign(product) * ((jnp.abs(product) + (1 << 14)) >> 15)
+    """Return x * factor / 2**15 of 16-bit integers; the half is rounded up."""
+    return (x * factor + (1 << 14)) >> 15
 
 
 def _shift_left(x: jax.Array, by: jax.Array | int) -> jax.Array:
