@@ -1,14 +1,14 @@
 """The arithmetic of int8 kernels as LiteRT runs them, in float32 that holds integers.
 
 A value is held as its levels: the int8 code less the zero point, an integer from -255 to 255 in float32. Each function
-rounds as the kernel of XNNPACK or, where it says so, the kernel of TFLite that LiteRT runs. Gradients pass the roundings
-straight through and are 0 where a value saturates. Scales get no gradient.
+rounds as the kernel of XNNPACK or, where it says so, the kernel of TFLite that LiteRT runs. Gradients pass the
+roundings straight through and are 0 where a value saturates. Scales get no gradient.
 
 XLA may contract, reorder or replace float operations, and one level more or less grows through a network. So a product
 that feeds a rounding is behind `lax.optimization_barrier`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,12 @@ _EXACT_TERMS = 2**24 // ((LARGEST - SMALLEST) * _KERNEL_LEVELS)
 class Encoding(NamedTuple):
     """What the codes of a map stand for: the number (code - zero) * scale."""
 
-    scale: jax.Array  # float32 []
-    zero: jax.Array  # int32 []
+    scale: Any  # float32 [], of JAX or NumPy
+    zero: Any  # int32 []
 
 
-def keep(x: jax.Array) -> jax.Array:
-    """Keep XLA from computing x in another way for the sake of what uses it."""
+def keep(x: Any) -> Any:
+    """Return x, an array or a tree of arrays; XLA computes it as written, whatever uses it."""
     return lax.optimization_barrier(x)
 
 

@@ -56,16 +56,25 @@ def _batches(images: np.ndarray) -> Iterator[np.ndarray]:
 def _measure_extremes(graph, weights, images) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for batch in _batches(images):
-        for name, ends in jax.device_get(_find_extremes(graph, weights, batch)).items():
-            low, high = found.get(name, ends)
-            found[name] = np.float32([min(low, ends[0]), max(high, ends[1])])
+        ends: dict[str, np.ndarray] = jax.device_get(_find_extremes(graph, dict(weights), batch))
+        found = {name: join(found.get(name, pair), pair) for name, pair in ends.items()}
     return found
+
+
+def find_extremes(x: jax.Array) -> jax.Array:
+    """Return the smallest and the largest number of x, float32 [2]."""
+    return jnp.stack([jnp.min(x), jnp.max(x)])
+
+
+def join(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the range [2] that covers two ranges."""
+    return np.stack([np.minimum(first[0], second[0]), np.maximum(first[1], second[1])])
 
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _find_extremes(graph, weights, images):
     values = run_graph(graph, weights, images)
-    return {name: jnp.stack([jnp.min(values[name]), jnp.max(values[name])]) for name in list_ranges(graph)}
+    return {name: find_extremes(values[name]) for name in list_ranges(graph)}
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -90,7 +99,7 @@ def _edges(low: float, high: float) -> np.ndarray:
 
 
 def _keep_extremes(counts: np.ndarray, low: float, high: float) -> np.ndarray:
-    return np.float32([low, high])
+    return np.array([low, high], np.float32)
 
 
 def _keep_percentile(counts: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -98,7 +107,7 @@ def _keep_percentile(counts: np.ndarray, low: float, high: float) -> np.ndarray:
     edges = _edges(low, high)
     first = np.searchsorted(shares, 1 - _KEPT, side="right")  # the first bin that is kept
     last = min(int(np.searchsorted(shares, _KEPT)), _BINS - 1)
-    return np.float32([edges[first], edges[last + 1]])
+    return np.array([edges[first], edges[last + 1]], np.float32)
 
 
 def _keep_least_error(counts: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -112,7 +121,7 @@ def _keep_least_error(counts: np.ndarray, low: float, high: float) -> np.ndarray
 
     lows = [min(low, 0.0) * factor for factor in _SHRINK] if low < 0 else [0.0]
     highs = [max(high, 0.0) * factor for factor in _SHRINK] if high > 0 else [0.0]
-    return np.float32(min(((a, b) for a in lows for b in highs), key=error))
+    return np.array(min(((a, b) for a in lows for b in highs), key=error), np.float32)
 
 
 METHODS: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {

@@ -7,7 +7,7 @@ simulation multiplied. For the same codes, LiteRT's codes are equal to those of 
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,16 +35,16 @@ from mobilenet_jax.exporting.quantized import Quantized, QuantizedLayer, Scale
 # The int8 kernel of the sigmoid takes no other encoding of its output.
 _SIGMOID = Scale(1 / 256, SMALLEST)
 _PIXELS = Scale(1.0, SMALLEST)  # grey levels 0 to 255 are the levels themselves
-Ranges = Mapping[str, jax.Array]  # by tensor: the smallest and the largest number, float32 [2]
+Ranges = Mapping[str, Any]  # by tensor: the smallest and the largest number, float32 [2]
 
 
 class IntegerLayer(NamedTuple):
-    """The integers of a layer, in float32."""
+    """The integers of a layer, in float32 arrays of JAX or NumPy."""
 
-    kernel: jax.Array  # of the layer's kernel_shape
-    kernel_scale: jax.Array  # [filters]
-    unit: jax.Array  # [filters]: what 1 in the bias and in the sums stands for
-    bias: jax.Array  # [filters]
+    kernel: Any  # of the layer's kernel_shape
+    kernel_scale: Any  # [filters]
+    unit: Any  # [filters]: what 1 in the bias and in the sums stands for
+    bias: Any  # [filters]
 
 
 def list_ranges(graph: Graph) -> tuple[str, ...]:
@@ -211,7 +211,7 @@ def simulate(network: Quantized, inputs: np.ndarray) -> np.ndarray:
     layers = {}
     for name, layer in network.layers.items():
         scale, unit = (np.broadcast_to(a, layer.bias.shape) for a in (layer.kernel_scale, layer.bias_scale))
-        layers[name] = IntegerLayer(np.float32(layer.kernel), scale, unit, np.float32(layer.bias))
+        layers[name] = IntegerLayer(layer.kernel.astype(np.float32), scale, unit, layer.bias.astype(np.float32))
     return np.asarray(_run_codes(network.graph, layers, encodings, inputs))
 
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def correct_biases(
     Rounding a kernel by e shifts the mean output of a layer by the mean of e * x (Nagel et al. 2019, arXiv 1906.04721,
     section 4.2). The mean is measured on the inputs x that the float network has for the images.
     """
-    total: dict[str, np.ndarray] = {}
+    total: dict[str, Any] = {}
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
         shifts = jax.device_get(_measure_shifts(graph, dict(weights), batch, per_tensor))

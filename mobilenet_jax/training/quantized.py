@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from mobilenet_jax.exporting.arithmetic import decode
+from mobilenet_jax.exporting.calibrate import find_extremes, join
 from mobilenet_jax.exporting.folding import fold_weights
 from mobilenet_jax.exporting.graph import Graph, build_graph
 from mobilenet_jax.exporting.integer import list_ranges, make_encodings, quantize_layers, run_levels
@@ -61,11 +62,6 @@ class QuantizedNetwork(nn.Module):
         return decode(levels[graph.output], encodings[graph.output])
 
 
-def find_extremes(x: jax.Array) -> jax.Array:
-    """Return the smallest and the largest number of x, float32 [2]."""
-    return jnp.stack([jnp.min(x), jnp.max(x)])
-
-
 def init_ranges(spec: Spec, image_size: int) -> dict[str, np.ndarray]:
     """Return the collection `ranges` before it is measured."""
     return {name: np.zeros(2, np.float32) for name in list_ranges(build_graph(spec, image_size))}
@@ -88,11 +84,11 @@ def measure_ranges(
         return {name: find_extremes(values[name]) for name in list_ranges(graph)}
 
     sharded = shard_eval_step(step, mesh)
-    found = [jax.device_get(sharded(state.variables, put_batch(batch, mesh))) for batch in batches]
-    return {
-        name: np.float32([min(ends[name][0] for ends in found), max(ends[name][1] for ends in found)])
-        for name in found[0]
-    }
+    found: dict[str, np.ndarray] = {}
+    for batch in batches:
+        ends: dict[str, np.ndarray] = jax.device_get(sharded(state.variables, put_batch(batch, mesh)))
+        found = {name: join(found.get(name, pair), pair) for name, pair in ends.items()}
+    return found
 
 
 def with_ranges(state: TrainState, ranges: dict[str, Any]) -> TrainState:

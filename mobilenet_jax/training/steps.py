@@ -1,7 +1,7 @@
 """One training step and one evaluation step: pure functions of data that know no config and are not jitted here."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
@@ -111,7 +111,7 @@ def train_step(
     if ema is not None:
         ema = update_ema(ema, {"params": params, **measured}, step=state.step, decay=options.ema_decay)
     sums["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, **measured), sums
+    return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema, **measured), sums
 
 
 def _gradients(variables: dict, batch: Batch, key: jax.Array, *, model, options: StepOptions):
