@@ -45,3 +45,9 @@ class Quantized:
     layers: Mapping[str, QuantizedLayer]  # by the name of the layer
     floats: frozenset[str] = frozenset()  # nodes that compute in float32, such as attention's products
     weights: Mapping[str, Weights] = field(default_factory=dict)  # float32, of the layers among `floats`
+
+
+def as_float(graph: Graph, weights: Mapping[str, Weights]) -> Quantized:
+    """Return a network of which no node computes in int8: what the writers take for a float file."""
+    floats = frozenset(node.name for node in graph.nodes)
+    return Quantized(graph=graph, tensors={}, layers={}, floats=floats, weights=weights)
