@@ -65,7 +65,7 @@ def build(config, workdir: str | os.PathLike) -> Setup:
     info = splits.describe()
     model = build_model(config, info)
     plan = make_plan(config, info.train_count)
-    if not config.train.freeze_stats and not plan.stats_batches:
+    if config.train.quantize is None and not config.train.freeze_stats and not plan.stats_batches:
         warn_of_slow_statistics(config.model.bn_decay, plan.total_steps)
     schedule, optimizer, frozen = build_optimizer(config, model.spec, plan)
     derived = {

@@ -82,7 +82,7 @@ def make_evaluator(task: Task, mesh: Mesh) -> Callable[[TrainState], StateEvalua
     step = shard_eval_step(functools.partial(eval_step, model=task.network, mean=task.mean, std=task.std), mesh)
 
     def evaluate_state(state: TrainState) -> StateEvaluation:
-        kinds = {"eval": {"params": state.params, "batch_stats": state.batch_stats}}
+        kinds = {"eval": state.variables}
         if state.ema is not None:
             kinds["eval_ema"] = state.ema
         found = evaluate_all(step, kinds, task.eval_batches, count=task.eval_count, mesh=mesh)
