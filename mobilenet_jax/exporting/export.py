@@ -19,10 +19,10 @@ from mobilenet_jax.exporting.images import Images, draw_images, read_images
 from mobilenet_jax.exporting.interpreter import run_graph
 from mobilenet_jax.exporting.quantized import Quantized, as_float
 from mobilenet_jax.exporting.runtime import RUNTIMES, load_package
+from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import check_choice
 from mobilenet_jax.paths import as_path
-from mobilenet_jax.training.steps import normalise_images
 from mobilenet_jax.weights.card import Preprocessing, read_preprocessing
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.workdir.files import write_atomic, write_json_atomic

@@ -8,9 +8,9 @@ import numpy as np
 
 from mobilenet_jax.cli.config import apply_preprocessing, load_config
 from mobilenet_jax.data.decode import UnreadableImageError, decode_image
+from mobilenet_jax.data.image_files import list_images
 from mobilenet_jax.data.sources import open_source
 from mobilenet_jax.data.transforms import EvalTransform
-from mobilenet_jax.inference.images import list_images
 from mobilenet_jax.weights.card import Preprocessing, read_preprocessing
 
 _CONFIG = re.compile(r".+\.py(:\w+)?")

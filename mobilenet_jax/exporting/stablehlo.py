@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.models.network import MobileNet
-from mobilenet_jax.training.steps import normalise_images
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
