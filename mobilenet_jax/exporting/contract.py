@@ -9,10 +9,10 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from mobilenet_jax.exporting.graph import PIXELS, Graph
 from mobilenet_jax.models.spec import Spec
+from mobilenet_jax.paths import as_path
 from mobilenet_jax.weights import WeightsError
 from mobilenet_jax.weights.card import check_card, read_preprocessing
 
@@ -83,11 +83,18 @@ def seal(data: bytes) -> bytes:
     return data[:start] + hashlib.sha256(data).hexdigest().encode() + data[start + len(_ZEROS) :]
 
 
+def is_exported(path: str | os.PathLike) -> bool:
+    """Return true if the path has the suffix of a file that carries a contract."""
+    return os.fspath(path).endswith(SUFFIXES)
+
+
 def read_exported(path: str | os.PathLike) -> Exported:
     """Read a file that `export_weights` wrote; raise WeightsError for any other, and for one that was changed."""
-    path = Path(path)
-    if path.stat().st_size > _LARGEST:
-        raise WeightsError(f"{path} has {path.stat().st_size:,} bytes; no MobileNet has more than {_LARGEST:,}")
+    path = as_path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.stat().length > _LARGEST:
+        raise WeightsError(f"{path} has {path.stat().length:,} bytes; no MobileNet has more than {_LARGEST:,}")
     data = path.read_bytes()
     found = data.find(_START)
     if found < 0:

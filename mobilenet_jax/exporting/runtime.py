@@ -1,6 +1,7 @@
 """Exported files run by their own runtimes: LiteRT, ONNX Runtime and JAX."""
 
 import importlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -9,6 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mobilenet_jax.exporting.contract import Exported
+from mobilenet_jax.weights import WeightsError
+
+Levels = tuple[float, ...]  # grey levels of the channels
 INSTALL = 'pip install -c constraints.txt -e ".[export]"'
 
 
@@ -115,6 +120,26 @@ RUNTIMES: dict[str, Callable[..., Runtime]] = {
     "onnx": OnnxRuntime,
     "stablehlo": StableHloRuntime,
 }
+
+
+def open_classifier(exported: Exported) -> Callable[[np.ndarray, Levels, Levels], np.ndarray]:
+    """Return the function (images uint8 [B, H, W, C], mean, std) -> logits [B, K] of an exported file.
+
+    It uses all processors. Raises MissingPackageError, and WeightsError if the runtime refuses the file.
+    """
+    try:
+        runtime = RUNTIMES[exported.kind](exported.data, threads=os.cpu_count() or 1)
+    except MissingPackageError:
+        raise
+    except Exception as error:  # each runtime has its own kinds
+        said = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise WeightsError(f"the .{exported.kind} file of {exported.card['name']} cannot be run: {said}") from error
+
+    def classify(pixels: np.ndarray, mean: Levels, std: Levels) -> np.ndarray:
+        images = (pixels.astype(np.float32) - np.array(mean, np.float32)) / np.array(std, np.float32)
+        return runtime(images)
+
+    return classify
 
 
 def _count_onnx(data: bytes) -> dict[str, int]:
