@@ -10,6 +10,7 @@ that feeds a rounding is behind `lax.optimization_barrier`.
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -156,9 +157,16 @@ def multiply(x: jax.Array, y: jax.Array, inputs: tuple[Encoding, Encoding], outp
 
 
 def mean(x: jax.Array, given: Encoding, output: Encoding) -> jax.Array:
-    """Return the spatial mean [B, C] of a map [B, H, W, C] in levels of `output`."""
+    """Return the spatial mean [B, C] of a map [B, H, W, C] in levels of `output`.
+
+    A half is rounded so that the code is even, and not the level as elsewhere.
+    """
     pixels = x.shape[1] * x.shape[2]
-    return jnp.sum(x, axis=(1, 2)) * keep(keep(given.scale / output.scale) / pixels)
+    y = jnp.sum(x, axis=(1, 2)) * keep(keep(given.scale / output.scale) / pixels)
+    nearest = lax.round(y, lax.RoundingMethod.TO_NEAREST_EVEN)
+    other = y + (y - nearest)  # an integer where y is a half
+    is_odd = ((nearest + output.zero) % 2 == 1) & (jnp.abs(y - nearest) == 0.5)
+    return straight_through(y, jnp.where(is_odd, other, nearest))
 
 
 def average_pairs(x: jax.Array, encoding: Encoding) -> jax.Array:
@@ -169,7 +177,13 @@ def average_pairs(x: jax.Array, encoding: Encoding) -> jax.Array:
     zero = encoding.zero.astype(jnp.float32)
     sums = lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     average = (sums + 4 * zero) / 4
-    return straight_through(sums / 4, jnp.trunc(average + jnp.sign(average) * 0.5) - zero)
+    return straight_through(sums / 4, lax.round(average, lax.RoundingMethod.AWAY_FROM_ZERO) - zero)
+
+
+def activate(x: jax.Array, function: Callable, given: Encoding, output: Encoding) -> jax.Array:
+    """Return function(x) in levels of `output`, as from TFLite's tables; the half is rounded away from 0."""
+    y = function(decode(x, given)) / output.scale
+    return straight_through(y, lax.round(y, lax.RoundingMethod.AWAY_FROM_ZERO))
 
 
 def hard_swish(x: jax.Array, given: Encoding, output: Encoding) -> jax.Array:
