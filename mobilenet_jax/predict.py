@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> int:
     """Predict and print; return the exit code."""
-    from mobilenet_jax.inference.images import list_images
+    from mobilenet_jax.data.image_files import list_images
     from mobilenet_jax.weights.load import load_weights
 
     configure_memory(flags.compilation_cache)

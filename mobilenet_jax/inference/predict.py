@@ -43,8 +43,8 @@ def predict(
     Raises:
       ValueError: an impossible value, a folder without images, or weights without classes; before any image is read.
     """
+    from mobilenet_jax.data.image_files import list_images
     from mobilenet_jax.data.transforms import EvalTransform
-    from mobilenet_jax.inference.images import list_images
     from mobilenet_jax.models.cost import compute_cost
     from mobilenet_jax.weights.card import read_preprocessing
 
@@ -69,7 +69,7 @@ def compile_classifier(model: "MobileNet", mean: tuple[float, ...], std: tuple[f
     """
     import jax
 
-    from mobilenet_jax.training.steps import normalise_images
+    from mobilenet_jax.models.layers import normalise_images
 
     model = model.clone(precision="highest")
 
@@ -87,7 +87,7 @@ def _predict(
 ) -> Iterator[Prediction]:
     import jax
 
-    from mobilenet_jax.inference.images import read_batches
+    from mobilenet_jax.data.image_files import read_batches
 
     _, variables, card = weights
     variables, computed = jax.device_put(variables), None

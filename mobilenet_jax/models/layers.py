@@ -210,6 +210,12 @@ def _blur(x: jax.Array) -> jax.Array:
 ANTIALIASES: dict[str, Callable[[jax.Array], jax.Array]] = {"avg": average_pairs, "blur": _blur}
 
 
+def normalise_images(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """Return (images - mean) / std in float32, for images uint8 [B, H, W, C]; mean and std are in grey levels."""
+    mean_array, std_array = (jnp.array(grey_levels)[None, None, None, :] for grey_levels in (mean, std))
+    return (images.astype(jnp.float32) - mean_array) / std_array
+
+
 def spatial_mean(x: jax.Array) -> jax.Array:
     """Average over the pixels: [B, H, W, C] to [B, C], summed in float32."""
     return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)

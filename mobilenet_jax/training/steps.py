@@ -11,6 +11,7 @@ import optax
 from flax import linen as nn
 from jax import lax
 
+from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.training.ema import update_ema
 from mobilenet_jax.training.losses import mix_batch, softmax_cross_entropy
 
@@ -68,12 +69,6 @@ def create_state(variables: dict, optimizer: optax.GradientTransformation, *, em
         ema=copy(variables) if ema else None,
         ranges=own.get("ranges"),
     )
-
-
-def normalise_images(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """Return (images - mean) / std in float32, for images uint8 [B, H, W, C]; mean and std are in grey levels."""
-    mean_array, std_array = (jnp.array(grey_levels)[None, None, None, :] for grey_levels in (mean, std))
-    return (images.astype(jnp.float32) - mean_array) / std_array
 
 
 def train_step(
