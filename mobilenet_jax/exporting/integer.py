@@ -157,9 +157,11 @@ def run_node(node: Node, given: list[jax.Array], scales: list[Encoding], output:
             return arithmetic.average_pairs(given[0], output)
         case Activate(function="hard_swish"):
             return arithmetic.hard_swish(given[0], scales[0], output)
-        case Activate() | Attend():
+        case Activate():
+            return arithmetic.activate(given[0], FUNCTIONS[node.function], scales[0], output)
+        case Attend():
             numbers = [arithmetic.decode(x, scale) for x, scale in zip(given, scales, strict=True)]
-            return run(node, *numbers) / output.scale
+            return arithmetic.encode(run(node, *numbers), output)
     raise TypeError(f"{type(node).__name__} is no operation of a graph")
 
 
