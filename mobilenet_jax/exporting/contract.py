@@ -83,6 +83,12 @@ def seal(data: bytes) -> bytes:
     return data[:start] + hashlib.sha256(data).hexdigest().encode() + data[start + len(_ZEROS) :]
 
 
+def read_contract(data: bytes) -> dict:
+    """Return the contract in the bytes of a file; raise ValueError if there is none."""
+    contract, _ = json.JSONDecoder().raw_decode(data[data.index(_START) :].decode("latin-1"))
+    return contract
+
+
 def is_exported(path: str | os.PathLike) -> bool:
     """Return true if the path has the suffix of a file that carries a contract."""
     return os.fspath(path).endswith(SUFFIXES)
@@ -104,7 +110,7 @@ def read_exported(path: str | os.PathLike) -> Exported:
     if hashlib.sha256(data[:start] + _ZEROS + data[start + len(_ZEROS) :]).hexdigest().encode() != digest:
         raise WeightsError(f"{path} is damaged, or was changed since it was exported: its SHA-256 is another")
     try:
-        contract, _ = json.JSONDecoder().raw_decode(data[found:].decode("latin-1"))
+        contract = read_contract(data)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"the contract of {path} is no JSON: {error}") from error
     spec = check_card(contract.get("card"), source=str(path))

@@ -1,10 +1,12 @@
 """Exported files run by their own runtimes: LiteRT, ONNX Runtime and JAX."""
 
+import contextlib
 import importlib
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -45,8 +47,9 @@ class TFLiteRuntime:
 
     def __init__(self, data: bytes, *, threads: int = 1):
         module = load_package("ai_edge_litert.interpreter", what="a .tflite file", package="ai-edge-litert")
-        self._interpreter = module.Interpreter(model_content=data, num_threads=threads)
-        self._interpreter.allocate_tensors()
+        with _without_stderr():  # LiteRT prints that it uses XNNPACK
+            self._interpreter = module.Interpreter(model_content=data, num_threads=threads)
+            self._interpreter.allocate_tensors()
         (self._given,), (self._returned,) = (
             self._interpreter.get_input_details(),
             self._interpreter.get_output_details(),
@@ -140,6 +143,20 @@ def open_classifier(exported: Exported) -> Callable[[np.ndarray, Levels, Levels]
         return runtime(images)
 
     return classify
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drop what native code writes to stderr; its errors are exceptions all the same."""
+    sys.stderr.flush()
+    kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
 
 
 def _count_onnx(data: bytes) -> dict[str, int]:
