@@ -25,6 +25,7 @@ from mobilenet_jax.models.spec import check_choice
 from mobilenet_jax.paths import as_path
 from mobilenet_jax.weights.card import Preprocessing, read_preprocessing
 from mobilenet_jax.weights.load import load_weights
+from mobilenet_jax.workdir.checkpoint import load_ranges
 from mobilenet_jax.workdir.files import write_atomic, write_json_atomic
 
 _CALIBRATION = 256  # images that ranges are measured on
@@ -54,6 +55,7 @@ class _Job:
     preprocess: bool
     quantize: str
     float_ends: bool
+    ranges: dict[str, np.ndarray]  # of a run that trained in int8; otherwise empty
 
     def inputs(self, pixels: np.ndarray) -> np.ndarray:
         """Return what the file takes for uint8 images."""
@@ -90,7 +92,7 @@ def export_weights(
       batch: the number of images at once, or "dynamic"; default: 1 in TFLite, "dynamic" elsewhere.
       resolution: pixels of a side; default: the card's.
       preprocess: normalise inside, so that the file takes uint8 pixels.
-      quantize: none | int8 | float16 (kernels).
+      quantize: none | int8 | float16 (kernels). The int8 file of a run with train.quantize = "int8" is what it trained.
       calibration: a folder of images or a config file, for the ranges of int8 and for the comparison; see
         `images.read_images`. Without it, the comparison is on random pixels.
       per_tensor: int8: one scale for all filters of a layer.
@@ -107,7 +109,10 @@ def export_weights(
     check_choice("quantize", quantize, QUANTIZATIONS)
     if format == "web":
         raise ValueError("format web is not available in this version; valid: tflite, onnx, stablehlo")
-    _check_flags(format, quantize, calibration, per_tensor=per_tensor, float_ends=float_ends)
+    ranges = _read_ranges(weights) if quantize == "int8" else {}
+    _check_flags(format, quantize, calibrated=bool(calibration or ranges), per_tensor=per_tensor, float_ends=float_ends)
+    if ranges and per_tensor:
+        raise ValueError(f"per_tensor: {weights} was trained with a scale for each filter")
     size = _read_batch(batch, format)
     for module, package in _PACKAGES[format]:
         load_package(module, what=f"format {format}", package=package)
@@ -119,17 +124,24 @@ def export_weights(
     graph = build_graph(model.spec, given.image_size)
     if preprocess:
         graph = with_normalisation(graph, given.mean, given.std)
-    job = _Job(model, variables, card, given, graph, format, size, preprocess, quantize, float_ends)
+    job = _Job(model, variables, card, given, graph, format, size, preprocess, quantize, float_ends, ranges)
     images = read_images(calibration, card, count=_CALIBRATION) if calibration else draw_images(given, count=_COMPARED)
     data, contract = _write(job, images, per_tensor=per_tensor)
     found = _compare(job, data, images)
     return _save(job, data, contract, found, out)
 
 
-def _check_flags(format: str, quantize: str, calibration: str | None, *, per_tensor: bool, float_ends: bool) -> None:  # noqa: A002
+def _read_ranges(weights: Any) -> dict[str, np.ndarray]:
+    """Return the ranges of a workdir whose run trained in int8; of other weights, nothing."""
+    if isinstance(weights, tuple) or not as_path(weights).is_dir():
+        return {}
+    return load_ranges(weights)
+
+
+def _check_flags(format: str, quantize: str, *, calibrated: bool, per_tensor: bool, float_ends: bool) -> None:  # noqa: A002
     if format == "stablehlo" and quantize != "none":
         raise ValueError(f"quantize {quantize} is for the formats tflite and onnx")
-    if quantize == "int8" and not calibration:
+    if quantize == "int8" and not calibrated:
         raise ValueError(
             "quantize int8 needs calibration: a folder of images, or a config file for its training images"
         )
@@ -166,6 +178,10 @@ def _write(job: _Job, images: Images, *, per_tensor: bool) -> tuple[bytes, dict]
 
 
 def _make_network(job: _Job, images: Images, *, per_tensor: bool) -> Quantized:
+    if job.ranges:
+        from mobilenet_jax.exporting.integer import make_trained
+
+        return make_trained(job.graph, job.variables, job.ranges)
     weights = read_weights(job.graph, job.variables)
     if job.quantize != "int8":
         return as_float(job.graph, weights)
