@@ -13,10 +13,10 @@ import numpy as np
 
 from mobilenet_jax.exporting import EXPORT_FORMATS, QUANTIZATIONS, report
 from mobilenet_jax.exporting.contract import KEY, make_contract, read_contract, seal
-from mobilenet_jax.exporting.folding import Weights, fold_weights, read_weights
+from mobilenet_jax.exporting.folding import Weights, read_weights
 from mobilenet_jax.exporting.graph import Graph, build_graph, with_normalisation
 from mobilenet_jax.exporting.images import Images, draw_images, read_images
-from mobilenet_jax.exporting.integer import decode, make_quantized, simulate
+from mobilenet_jax.exporting.integer import decode, make_trained, simulate
 from mobilenet_jax.exporting.interpreter import run_graph
 from mobilenet_jax.exporting.quantize import quantize as quantize_network
 from mobilenet_jax.exporting.quantized import Quantized, as_float
@@ -93,7 +93,7 @@ def export_weights(
       batch: the number of images at once, or "dynamic"; default: 1 in TFLite, "dynamic" elsewhere.
       resolution: pixels of a side; default: the card's.
       preprocess: normalise inside, so that the file takes uint8 pixels.
-      quantize: none | int8 | float16 (kernels).
+      quantize: none | int8 | float16 (kernels). The int8 file of a run with train.quantize = "int8" is what it trained.
       calibration: a folder of images or a config file, for the ranges of int8 and for the comparison; see
         `images.read_images`. Without it, the comparison is on random pixels. A run that trained in int8 has its own
         ranges and needs none.
@@ -113,6 +113,8 @@ def export_weights(
         raise ValueError("format web is not available in this version; valid: tflite, onnx, stablehlo")
     ranges = _load_ranges(weights) if quantize == "int8" else {}
     _check_flags(format, quantize, calibrated=bool(calibration or ranges), per_tensor=per_tensor, float_ends=float_ends)
+    if ranges and per_tensor:
+        raise ValueError(f"per_tensor: {weights} was trained with a scale for each filter")
     size = _read_batch(batch, format)
     for module, package in _PACKAGES[format]:
         load_package(module, what=f"format {format}", package=package)
@@ -164,9 +166,8 @@ def _read_batch(batch: int | str | None, format: str) -> int | None:  # noqa: A0
 def _make_network(job: _Job, images: Images, ranges: dict[str, np.ndarray], *, per_tensor: bool) -> Quantized:
     if job.quantize != "int8":
         return as_float(job.graph, read_weights(job.graph, job.variables))
-    if ranges:  # folded in float32, as in training
-        fold = jax.jit(lambda variables: fold_weights(job.graph, variables))
-        return make_quantized(job.graph, jax.device_get(fold(job.variables)), ranges, per_tensor=per_tensor)
+    if ranges:
+        return make_trained(job.graph, job.variables, ranges)
     weights = read_weights(job.graph, job.variables)
     return quantize_network(job.graph, weights, job.inputs(images.pixels), per_tensor=per_tensor)
 

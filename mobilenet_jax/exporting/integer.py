@@ -15,8 +15,9 @@ import numpy as np
 
 from mobilenet_jax.exporting import arithmetic
 from mobilenet_jax.exporting.arithmetic import LARGEST, SMALLEST, Encoding
-from mobilenet_jax.exporting.folding import Weights
+from mobilenet_jax.exporting.folding import Weights, fold_weights
 from mobilenet_jax.exporting.graph import (
+    IMAGES,
     PIXELS,
     Activate,
     Add,
@@ -35,6 +36,9 @@ from mobilenet_jax.exporting.quantized import Quantized, QuantizedLayer, Scale
 # The int8 kernel of the sigmoid takes no other encoding of its output.
 _SIGMOID = Scale(1 / 256, SMALLEST)
 _PIXELS = Scale(1.0, SMALLEST)  # grey levels 0 to 255 are the levels themselves
+# Grey levels normalised to -1 ... 1 would lie halfway between two codes, all of them, and rounding half to even would
+# give 256 levels 129 codes. This factor of the range of the images moves them away from the halves: 255 codes.
+_WIDER = np.float32(1 + 2**-9)
 Ranges = Mapping[str, Any]  # by tensor: the smallest and the largest number, float32 [2]
 
 
@@ -75,7 +79,9 @@ def make_encodings(graph: Graph, ranges: Ranges) -> dict[str, Encoding]:
     for name in (graph.input, *graph.by_name):
         match _given_encoding(graph, name):
             case None:
-                found[name] = arithmetic.make_encoding(ranges[name][0], ranges[name][1])
+                low, high = ranges[name][0], ranges[name][1]
+                wider = _WIDER if name == IMAGES else np.float32(1)
+                found[name] = arithmetic.make_encoding(low * wider, high * wider)
             case Scale(scale, zero):
                 found[name] = Encoding(jnp.float32(scale), jnp.int32(zero))
             case str() as source:
@@ -166,9 +172,15 @@ def run_node(node: Node, given: list[jax.Array], scales: list[Encoding], output:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "per_tensor"))
-def _compute_integers(graph, weights, ranges, per_tensor):
+def _quantize_weights(graph, weights, ranges, per_tensor):
     encodings = make_encodings(graph, ranges)
     return encodings, quantize_layers(graph, weights, encodings, per_tensor=per_tensor)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _quantize_variables(graph, variables, ranges):
+    encodings = make_encodings(graph, ranges)
+    return encodings, quantize_layers(graph, fold_weights(graph, variables), encodings)
 
 
 def make_quantized(
@@ -182,7 +194,18 @@ def make_quantized(
       ranges: of every tensor that `list_ranges` names.
       per_tensor: one scale for all filters of a layer.
     """
-    encodings, layers = jax.device_get(_compute_integers(graph, dict(weights), dict(ranges), per_tensor))
+    return _pack(graph, *_quantize_weights(graph, dict(weights), dict(ranges), per_tensor), per_tensor=per_tensor)
+
+
+def make_trained(graph: Graph, variables: Mapping, ranges: Ranges) -> Quantized:
+    """Return the int8 network that a run has trained, of its ranges and of variables folded as its steps fold them."""
+    used = {name: variables[name] for name in ("params", "batch_stats")}
+    needed = {name: ranges[name] for name in list_ranges(graph)}
+    return _pack(graph, *_quantize_variables(graph, used, needed), per_tensor=False)
+
+
+def _pack(graph: Graph, encodings: dict, layers: dict, *, per_tensor: bool) -> Quantized:
+    encodings, layers = jax.device_get((encodings, layers))
     return Quantized(
         graph=graph,
         tensors={name: Scale(float(e.scale), int(e.zero)) for name, e in encodings.items()},

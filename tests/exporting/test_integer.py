@@ -16,6 +16,7 @@ from mobilenet_jax.exporting.graph import (
     Multiply,
     Source,
     build_graph,
+    with_normalisation,
 )
 from mobilenet_jax.exporting.integer import encode, make_quantized, simulate
 from mobilenet_jax.exporting.quantized import Quantized, Scale
@@ -128,6 +129,23 @@ def test_one_scale_for_all_filters_is_litert_s_too():
     assert np.abs(network.layers["y"].kernel).max(axis=0).min() < 127  # of a scale for each filter, all would be 127
     numbers = rng.normal(size=(20, 4, 4, 16)).astype(np.float32)
     np.testing.assert_array_equal(simulate(network, numbers), run_litert(network, numbers))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_grey_levels_keep_codes_of_their_own(inside):
+    """Normalised to -1 ... 1, outside of the file or inside, 256 levels have 255 codes: the two around 0 share one."""
+    mean = Mean(name="y", inputs=(IMAGES,), shape=(3,))
+    graph = Graph(name="levels", input=IMAGES, input_shape=(1, 1, 3), nodes=(mean,))
+    if inside:
+        graph = with_normalisation(graph, (127.5,) * 3, (127.5,) * 3)
+    wide = np.float32([-1, 1])
+    network = make_quantized(graph, read_weights(graph, {}), {IMAGES: wide, "y": wide * np.float32(1 + 2**-9)})
+    pixels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(256, 1, 1, 3)
+    inputs = pixels if inside else (pixels - np.float32(127.5)) / np.float32(127.5)
+    codes = simulate(network, inputs)
+    assert [len(set(channel)) for channel in codes.T.tolist()] == [255] * 3
+    numbers = network.tensors["y"].scale * (codes.astype(np.float32) - network.tensors["y"].zero_point)
+    np.testing.assert_allclose(numbers, (pixels[:, 0, 0] - 127.5) / 127.5, atol=0.51 * network.tensors["y"].scale)
 
 
 def test_codes_saturate_and_are_rounded_half_to_even():
