@@ -18,6 +18,7 @@ from mobilenet_jax.weights.save import save_weights
 from tests.exporting.networks import draw_variables
 
 CONFIG = "configs/v2.py:digits"
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # absl's
 
 
 @pytest.fixture(autouse=True)
