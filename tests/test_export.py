@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.export_table import draw_variables
 from mobilenet_jax import export as command
 from mobilenet_jax import main as main_command
 from mobilenet_jax import predict as predict_command
@@ -15,7 +16,6 @@ from mobilenet_jax.training import evaluate
 from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
-from tests.exporting.networks import draw_variables
 
 CONFIG = "configs/v2.py:digits"
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # absl's
