@@ -45,6 +45,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--per_tensor", action="store_true", help="int8: one scale for all filters of a layer")
     parser.add_argument("--float_ends", action="store_true", help="int8 in a .tflite file: float32 in and out")
+    parser.add_argument(
+        "--litertjs",
+        metavar="DIR",
+        help="web: a folder in which npm has installed LiteRT.js, which is kept; default: what was kept, or call npm",
+    )
     add_cache_flag(parser)
     return parser.parse_args(argv)
 
@@ -58,10 +63,15 @@ def _parse_batch(text: str) -> int | str:
 def run(flags: argparse.Namespace) -> int:
     """Export and print the report; return the exit code."""
     from mobilenet_jax.exporting.export import ParityError, export_weights
+    from mobilenet_jax.exporting.litertjs import install_litertjs
     from mobilenet_jax.exporting.report import format_report
 
     configure_memory(flags.compilation_cache)
     try:
+        if flags.litertjs is not None:
+            if flags.format != "web":
+                raise ValueError("--litertjs is for --format=web")
+            install_litertjs(flags.litertjs)
         report = export_weights(
             flags.weights,
             format=flags.format,

@@ -84,7 +84,8 @@ def export_weights(
     """Write weights as a file for another runtime, with its contract and a report; return the report.
 
     The folder `out` gets NAME.tflite, .onnx or .stablehlo, NAME.json (`contract.make_contract`) and report.json
-    (`report.compare_logits`, size, operations, latency). Nothing is written if the comparison fails.
+    (`report.compare_logits`, size, operations, latency). Nothing is written if the comparison fails. The format web
+    writes a page instead, see `web.export_page`.
 
     Args:
       weights: a file, a workdir or a name, or (model, variables, card) of `load_weights`.
@@ -110,7 +111,20 @@ def export_weights(
     check_choice("format", format, EXPORT_FORMATS)
     check_choice("quantize", quantize, QUANTIZATIONS)
     if format == "web":
-        raise ValueError("format web is not available in this version; valid: tflite, onnx, stablehlo")
+        from mobilenet_jax.exporting.web import export_page  # it calls this function for its networks
+
+        if preprocess or float_ends or batch not in (None, 1):
+            raise ValueError("preprocess, float_ends and batch are not for the format web: the page decides them")
+        return export_page(
+            weights,
+            out=out,
+            resolution=resolution,
+            quantize=quantize,
+            calibration=calibration,
+            per_tensor=per_tensor,
+            name=name,
+            offline=offline,
+        )
     ranges = _load_ranges(weights) if quantize == "int8" else {}
     _check_flags(format, quantize, calibrated=bool(calibration or ranges), per_tensor=per_tensor, float_ends=float_ends)
     if ranges and per_tensor:

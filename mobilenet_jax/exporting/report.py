@@ -43,7 +43,12 @@ def measure_in_turns(answers: Mapping[str, tuple[Callable, np.ndarray]]) -> dict
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Return the report as a table of two columns."""
+    """Return the report as a table of two columns; of a page, one table for each network."""
+    if report["format"] == "web":
+        tables = [format_report(model) for model in report["models"].values()]
+        page = f"page, {report['bytes'] / 1e6:.1f} MB: {report['file']}"
+        serve = f"open it: python -m http.server --directory {report['file'].removesuffix('/index.html')}"
+        return "\n\n".join([*tables, f"{page}\n{serve}"])
     latency = report["latency_ms"]
     operations = sorted(report["operations"].items(), key=lambda item: (-item[1], item[0]))
     rows = {
