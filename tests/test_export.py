@@ -134,6 +134,8 @@ def test_a_file_is_asked_by_predict(capsys, exported, file, tmp_path, write_imag
         (["--weights=nowhere", "--format=tflite"], "there are no weights nowhere"),
         (["--weights=FILE", "--format=tflite", "--quantize=int8"], "quantize int8 needs calibration"),
         (["--weights=FILE", "--format=tflite", "--calibration=EMPTY"], "EMPTY holds no image"),
+        (["--weights=FILE", "--format=web", "--litertjs=EMPTY"], "EMPTY has no @litertjs/core/dist/index.js; valid:"),
+        (["--weights=FILE", "--format=tflite", "--litertjs=EMPTY"], "--litertjs is for --format=web"),
         (["--weights=FILE", "--format=tflite", "--batch=64"], "batch is 64 and there are 16 images"),
     ],
 )

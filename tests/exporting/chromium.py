@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 _WAIT = 90  # seconds; a busy machine starts Chromium in ten
-_FLAGS = ("--headless=new", "--disable-gpu", "--disable-extensions", "--no-first-run", "--remote-debugging-pipe")
+_FLAGS = (
+    *("--headless=new", "--disable-gpu", "--disable-extensions", "--no-first-run", "--remote-debugging-pipe"),
+    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),  # a camera that shows a clock
+)
 
 
 def find_chromium() -> str | None:

@@ -91,7 +91,8 @@ async function openCamera() {
   try {
     stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" }, audio: false });
   } catch (error) {
-    fail(error.name === "NotFoundError" ? "This device has no camera." : "The browser does not give the camera to this page.");
+    const missing = error.name === "NotFoundError";
+    fail(missing ? "This device has no camera." : "The browser does not give the camera to this page.");
     return;
   }
   clearError();
@@ -198,8 +199,7 @@ function showResults(results) {
   const cards = $("networks");
   while (cards.children.length > results.length) cards.lastElementChild.remove();
   results.forEach((result, i) => {
-    const card = cards.children[i] ?? cards.appendChild($("network-template").content.firstElementChild.cloneNode(true));
-    fillCard(card, result);
+    fillCard(cards.children[i] ?? cards.appendChild(copyTemplate("network-template")), result);
   });
   const [first] = results[0].answers;
   say(`${first.name}, ${percent(first.probability)}`);
@@ -211,13 +211,13 @@ function showResults(results) {
 function fillCard(card, { network, answers, prepareMs, runMs }) {
   const { label, bytes } = network.entry;
   card.querySelector("h3").textContent = label;
-  card.querySelector(".facts").textContent =
-    `${(bytes / 1e6).toFixed(1)} MB · ${milliseconds(runMs)}`;
-  card.querySelector(".facts").title = `The network takes ${milliseconds(runMs)}, preparing the photo ${milliseconds(prepareMs)}.`;
+  const facts = card.querySelector(".facts");
+  facts.textContent = `${megabytes(bytes)} · ${milliseconds(runMs)}`;
+  facts.title = `The network takes ${milliseconds(runMs)}, preparing the photo ${milliseconds(prepareMs)}.`;
   const list = card.querySelector("ol");
   while (list.children.length > answers.length) list.lastElementChild.remove();
   answers.forEach(({ name, index, probability }, i) => {
-    const line = list.children[i] ?? list.appendChild($("answer-template").content.firstElementChild.cloneNode(true));
+    const line = list.children[i] ?? list.appendChild(copyTemplate("answer-template"));
     Object.assign(line.dataset, { index, probability });
     line.querySelector(".name").textContent = name;
     line.querySelector(".share").textContent = percent(probability);
@@ -225,17 +225,26 @@ function fillCard(card, { network, answers, prepareMs, runMs }) {
   });
 }
 
+function copyTemplate(id) {
+  return $(id).content.firstElementChild.cloneNode(true);
+}
+
 function compare([a, b]) {
   const others = new Map(b.answers.map(({ index, probability }) => [index, probability]));
   const shared = a.answers.filter(({ index }) => others.has(index));
   const largest = Math.max(0, ...shared.map(({ index, probability }) => Math.abs(probability - others.get(index))));
-  const same = a.answers[0].index === b.answers[0].index ? "Both give the same first answer" : "The first answers differ";
+  const agree = a.answers[0].index === b.answers[0].index;
+  const same = agree ? "Both give the same first answer" : "The first answers differ";
   const points = `${(100 * largest).toFixed(1)} points`;
   return `${same}; ${shared.length} of ${a.answers.length} answers are in both lists, at most ${points} apart.`;
 }
 
 function percent(share) {
   return share >= 0.9995 ? "100 %" : share >= 0.001 ? `${(100 * share).toFixed(1)} %` : "< 0.1 %";
+}
+
+function megabytes(bytes) {
+  return `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
 function milliseconds(time) {
@@ -277,7 +286,7 @@ async function start() {
   $("model-name").textContent = card.name;
   document.title = `${card.name}: what is in this photo?`;
   if (entries[1]) {
-    $("compare-text").textContent = `Compare with ${entries[1].label} (${(entries[1].bytes / 1e6).toFixed(1)} MB)`;
+    $("compare-text").textContent = `Compare with ${entries[1].label} (${megabytes(entries[1].bytes)})`;
     $("compare-row").hidden = false;
   }
   document.body.dataset.state = "ready";
@@ -310,9 +319,9 @@ async function keepForOffline() {
     await navigator.serviceWorker.register("offline.js");
     const { active } = await navigator.serviceWorker.ready;
     const loaded = performance.getEntriesByType("resource").map(({ name }) => name);
-    const models = entries.flatMap(({ file, contract }) => [file, contract]).map((name) => new URL(name, location).href);
-    const own = [...loaded, ...models].filter((name) => name.startsWith(location.origin));
-    active.postMessage([...new Set([location.href, ...own])]);
+    const models = entries.flatMap(({ file, contract }) => [file, contract]);
+    const own = [...loaded, ...models.map((name) => new URL(name, location).href)];
+    active.postMessage([...new Set([location.href, ...own.filter((name) => name.startsWith(location.origin))])]);
   } catch (error) {
     console.info("The page works, but only with its server:", error);
   }

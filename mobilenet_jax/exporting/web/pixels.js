@@ -1,7 +1,7 @@
 // Photos to the input of a network, with the preprocessing of its card.
 //
-// The pixels equal those of Pillow, which resizes in evaluation: the same filter, the same fixed-point coefficients, and
-// uint8 between the two passes. A canvas scales in its own way, and the answers would differ in the second digit.
+// The pixels equal those of Pillow, which resizes in evaluation: the same filter, the same fixed-point coefficients,
+// and uint8 between the two passes. A canvas scales in its own way, and the answers would differ in the second digit.
 
 const PRECISION = 22; // bits behind the point of a coefficient (Pillow, Resample.c)
 
