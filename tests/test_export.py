@@ -121,6 +121,17 @@ def test_another_image_size_than_the_files_is_refused(exported):
         evaluate.evaluate_weights(read_exported(exported / "digits_tiny.tflite"), config.data)
 
 
+def test_a_file_that_normalises_inside_is_given_pixels_whatever_the_config_says(exported):
+    from mobilenet_jax.cli.config import load_config
+
+    file = read_exported(exported / "onnx" / "digits_tiny.onnx")
+    results = []
+    for mean in ((0.0, 0.0, 0.0), (60.0, 50.0, 40.0)):
+        config = load_config(CONFIG, ["--config.data.image_size=16", f"--config.data.mean={mean}"])
+        results.append(evaluate.evaluate_weights(file, config.data))
+    assert results[0] == results[1]
+
+
 def test_a_file_is_asked_by_predict(capsys, exported, file, tmp_path, write_images):
     images = write_images(tmp_path, 2)
     shown = []

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mobilenet_jax.exporting.contract import Exported
+from mobilenet_jax.exporting.graph import PIXELS
 from mobilenet_jax.weights import WeightsError
 
 Levels = tuple[float, ...]  # grey levels of the channels
@@ -130,7 +131,7 @@ RUNTIMES: dict[str, Callable[..., Runtime]] = {
 def open_classifier(exported: Exported) -> Callable[[np.ndarray, Levels, Levels], np.ndarray]:
     """Return the function (images uint8 [B, H, W, C], mean, std) -> logits [B, K] of an exported file.
 
-    It uses all processors. Raises MissingPackageError, and WeightsError if the runtime refuses the file.
+    A file that normalises inside is given the images, whatever mean and std are. The function uses all processors. Raises MissingPackageError, and WeightsError if the runtime refuses the file.
     """
     try:
         runtime = RUNTIMES[exported.kind](exported.data, threads=os.cpu_count() or 1)
@@ -139,6 +140,9 @@ def open_classifier(exported: Exported) -> Callable[[np.ndarray, Levels, Levels]
     except Exception as error:  # each runtime has its own kinds
         said = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise WeightsError(f"the .{exported.kind} file of {exported.card['name']} cannot be run: {said}") from error
+
+    if exported.contract["input"]["name"] == PIXELS:
+        return lambda pixels, mean, std: runtime(pixels)
 
     def classify(pixels: np.ndarray, mean: Levels, std: Levels) -> np.ndarray:
         images = (pixels.astype(np.float32) - np.array(mean, np.float32)) / np.array(std, np.float32)
