@@ -84,6 +84,7 @@ def evaluate_weights(flags: argparse.Namespace, config, workdir: str, overrides:
     import jax
 
     from mobilenet_jax.data.decode import UnreadableImageError
+    from mobilenet_jax.exporting.contract import is_exported, read_exported
     from mobilenet_jax.paths import as_path
     from mobilenet_jax.training import evaluate
     from mobilenet_jax.weights.load import load_weights
@@ -91,8 +92,13 @@ def evaluate_weights(flags: argparse.Namespace, config, workdir: str, overrides:
 
     try:
         path = as_path(workdir) / "evaluation.json"
-        weights = load_weights(flags.weights, flags.name, offline=flags.offline)
-        apply_preprocessing(config, weights[2], overrides)
+        if is_exported(flags.weights):
+            weights = read_exported(flags.weights)
+            card = weights.card
+        else:
+            weights = load_weights(flags.weights, flags.name, offline=flags.offline)
+            card = weights[2]
+        apply_preprocessing(config, card, overrides)
         result = evaluate.evaluate_weights(weights, config.data)
         if is_first := jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,12 +37,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(flags: argparse.Namespace) -> int:
     """Predict and print; return the exit code."""
     from mobilenet_jax.data.image_files import list_images
+    from mobilenet_jax.exporting.contract import is_exported, read_exported
     from mobilenet_jax.weights.load import load_weights
 
     configure_memory(flags.compilation_cache)
     try:
         files = list_images(flags.images)
-        weights = load_weights(flags.weights, flags.name, offline=flags.offline)
+        if is_exported(flags.weights):
+            weights = read_exported(flags.weights)
+        else:
+            weights = load_weights(flags.weights, flags.name, offline=flags.offline)
         predictions = predict(weights, files, top=flags.top, batch_size=flags.batch_size)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error

@@ -9,10 +9,10 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from mobilenet_jax.exporting.graph import PIXELS, Graph
 from mobilenet_jax.models.spec import Spec
+from mobilenet_jax.paths import as_path
 from mobilenet_jax.weights import WeightsError
 from mobilenet_jax.weights.card import check_card, read_preprocessing
 
@@ -83,11 +83,24 @@ def seal(data: bytes) -> bytes:
     return data[:start] + hashlib.sha256(data).hexdigest().encode() + data[start + len(_ZEROS) :]
 
 
+def read_contract(data: bytes) -> dict:
+    """Return the contract in the bytes of a file; raise ValueError if there is none."""
+    contract, _ = json.JSONDecoder().raw_decode(data[data.index(_START) :].decode("latin-1"))
+    return contract
+
+
+def is_exported(path: str | os.PathLike) -> bool:
+    """Return true if the path has the suffix of a file that carries a contract."""
+    return os.fspath(path).endswith(SUFFIXES)
+
+
 def read_exported(path: str | os.PathLike) -> Exported:
     """Read a file that `export_weights` wrote; raise WeightsError for any other, and for one that was changed."""
-    path = Path(path)
-    if path.stat().st_size > _LARGEST:
-        raise WeightsError(f"{path} has {path.stat().st_size:,} bytes; no MobileNet has more than {_LARGEST:,}")
+    path = as_path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.stat().length > _LARGEST:
+        raise WeightsError(f"{path} has {path.stat().length:,} bytes; no MobileNet has more than {_LARGEST:,}")
     data = path.read_bytes()
     found = data.find(_START)
     if found < 0:
@@ -97,7 +110,7 @@ def read_exported(path: str | os.PathLike) -> Exported:
     if hashlib.sha256(data[:start] + _ZEROS + data[start + len(_ZEROS) :]).hexdigest().encode() != digest:
         raise WeightsError(f"{path} is damaged, or was changed since it was exported: its SHA-256 is another")
     try:
-        contract, _ = json.JSONDecoder().raw_decode(data[found:].decode("latin-1"))
+        contract = read_contract(data)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"the contract of {path} is no JSON: {error}") from error
     spec = check_card(contract.get("card"), source=str(path))

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mobilenet_jax.exporting import EXPORT_FORMATS, QUANTIZATIONS, report
-from mobilenet_jax.exporting.contract import KEY, make_contract, seal
+from mobilenet_jax.exporting.contract import KEY, make_contract, read_contract, seal
 from mobilenet_jax.exporting.folding import Weights, read_weights
 from mobilenet_jax.exporting.graph import Graph, build_graph, with_normalisation
 from mobilenet_jax.exporting.images import Images, draw_images, read_images
+from mobilenet_jax.exporting.integer import decode, make_trained, simulate
 from mobilenet_jax.exporting.interpreter import run_graph
+from mobilenet_jax.exporting.quantize import quantize as quantize_network
 from mobilenet_jax.exporting.quantized import Quantized, as_float
 from mobilenet_jax.exporting.runtime import RUNTIMES, load_package
 from mobilenet_jax.models.layers import normalise_images
@@ -55,7 +57,6 @@ class _Job:
     preprocess: bool
     quantize: str
     float_ends: bool
-    ranges: dict[str, np.ndarray]  # of a run that trained in int8; otherwise empty
 
     def inputs(self, pixels: np.ndarray) -> np.ndarray:
         """Return what the file takes for uint8 images."""
@@ -94,7 +95,8 @@ def export_weights(
       preprocess: normalise inside, so that the file takes uint8 pixels.
       quantize: none | int8 | float16 (kernels). The int8 file of a run with train.quantize = "int8" is what it trained.
       calibration: a folder of images or a config file, for the ranges of int8 and for the comparison; see
-        `images.read_images`. Without it, the comparison is on random pixels.
+        `images.read_images`. Without it, the comparison is on random pixels. A run that trained in int8 has its own
+        ranges and needs none.
       per_tensor: int8: one scale for all filters of a layer.
       float_ends: int8: a .tflite file takes and returns float32.
       name: the model in the weights, see `load_weights`.
@@ -109,7 +111,7 @@ def export_weights(
     check_choice("quantize", quantize, QUANTIZATIONS)
     if format == "web":
         raise ValueError("format web is not available in this version; valid: tflite, onnx, stablehlo")
-    ranges = _read_ranges(weights) if quantize == "int8" else {}
+    ranges = _load_ranges(weights) if quantize == "int8" else {}
     _check_flags(format, quantize, calibrated=bool(calibration or ranges), per_tensor=per_tensor, float_ends=float_ends)
     if ranges and per_tensor:
         raise ValueError(f"per_tensor: {weights} was trained with a scale for each filter")
@@ -124,15 +126,15 @@ def export_weights(
     graph = build_graph(model.spec, given.image_size)
     if preprocess:
         graph = with_normalisation(graph, given.mean, given.std)
-    job = _Job(model, variables, card, given, graph, format, size, preprocess, quantize, float_ends, ranges)
+    job = _Job(model, variables, card, given, graph, format, size, preprocess, quantize, float_ends)
     images = read_images(calibration, card, count=_CALIBRATION) if calibration else draw_images(given, count=_COMPARED)
-    data, contract = _write(job, images, per_tensor=per_tensor)
-    found = _compare(job, data, images)
-    return _save(job, data, contract, found, out)
+    network = _make_network(job, images, ranges, per_tensor=per_tensor)
+    data, contract = _write(job, network)
+    return _save(job, data, contract, _compare(job, network, data, images), out)
 
 
-def _read_ranges(weights: Any) -> dict[str, np.ndarray]:
-    """Return the ranges of a workdir whose run trained in int8; of other weights, nothing."""
+def _load_ranges(weights: str | os.PathLike | tuple) -> dict[str, np.ndarray]:
+    """Return the ranges of a run that trained in int8; {} for anything else."""
     if isinstance(weights, tuple) or not as_path(weights).is_dir():
         return {}
     return load_ranges(weights)
@@ -161,7 +163,16 @@ def _read_batch(batch: int | str | None, format: str) -> int | None:  # noqa: A0
     return batch
 
 
-def _write(job: _Job, images: Images, *, per_tensor: bool) -> tuple[bytes, dict]:
+def _make_network(job: _Job, images: Images, ranges: dict[str, np.ndarray], *, per_tensor: bool) -> Quantized:
+    if job.quantize != "int8":
+        return as_float(job.graph, read_weights(job.graph, job.variables))
+    if ranges:
+        return make_trained(job.graph, job.variables, ranges)
+    weights = read_weights(job.graph, job.variables)
+    return quantize_network(job.graph, weights, job.inputs(images.pixels), per_tensor=per_tensor)
+
+
+def _write(job: _Job, network: Quantized) -> tuple[bytes, dict]:
     """Return the file and its contract."""
     text = make_contract(job.graph, job.card, batch=job.batch, quantize=job.quantize)
     if job.format == "stablehlo":
@@ -171,23 +182,8 @@ def _write(job: _Job, images: Images, *, per_tensor: bool) -> tuple[bytes, dict]
         size = job.given.image_size
         data = write_stablehlo(job.model, job.variables, image_size=size, batch=job.batch, normalisation=normalisation)
         return data, {**json.loads(text), "sha256": hashlib.sha256(data).hexdigest()}
-    network = _make_network(job, images, per_tensor=per_tensor)
     data = seal(_write_tflite(job, network, text) if job.format == "tflite" else _write_onnx(job, network, text))
-    start = data.index(f'{{"{KEY}": '.encode())
-    return data, json.loads(data[start : start + len(text)])
-
-
-def _make_network(job: _Job, images: Images, *, per_tensor: bool) -> Quantized:
-    if job.ranges:
-        from mobilenet_jax.exporting.integer import make_trained
-
-        return make_trained(job.graph, job.variables, job.ranges)
-    weights = read_weights(job.graph, job.variables)
-    if job.quantize != "int8":
-        return as_float(job.graph, weights)
-    from mobilenet_jax.exporting.quantize import quantize
-
-    return quantize(job.graph, weights, job.inputs(images.pixels), per_tensor=per_tensor)
+    return data, read_contract(data)
 
 
 def _write_tflite(job: _Job, network: Quantized, contract: str) -> bytes:
@@ -221,7 +217,7 @@ def _write_onnx(job: _Job, network: Quantized, contract: str) -> bytes:
     return write_onnx(network, batch=job.batch, float16=job.quantize == "float16", metadata={KEY: contract, **labels})
 
 
-def _compare(job: _Job, data: bytes, images: Images) -> dict[str, Any]:
+def _compare(job: _Job, network: Quantized, data: bytes, images: Images) -> dict[str, Any]:
     """Return the report's figures; raise ParityError if the file does not compute what it should."""
     pixels = images.pixels[:_COMPARED]
     inputs, batch = job.inputs(pixels), job.batch or 1
@@ -257,11 +253,19 @@ def _compare(job: _Job, data: bytes, images: Images) -> dict[str, Any]:
     return {
         "images": {"count": len(wanted), "source": images.source},
         **figures,
+        **(_compare_simulation(network, inputs[: len(got)], got) if job.quantize == "int8" else {}),
         "bytes": len(data),
         "operations": runtime.operations,
         "delegates": runtime.delegates,
         "latency_ms": latency,
     }
+
+
+def _compare_simulation(network: Quantized, inputs: np.ndarray, got: np.ndarray) -> dict[str, float]:
+    """Return the share of logits that are those of the simulation in JAX, and the largest difference in steps."""
+    scale = network.tensors[network.graph.output]
+    steps = np.rint(np.abs(got - decode(simulate(network, inputs), scale)) / np.float32(scale.scale))
+    return {"simulation_equal": float((steps == 0).mean()), "simulation_steps": int(steps.max())}
 
 
 def _run_rounded(job: _Job, inputs: np.ndarray, parts: list[slice]) -> np.ndarray:

@@ -53,6 +53,7 @@ def format_report(report: dict[str, Any]) -> str:
         "largest difference from JAX": f"{report['max_difference']:.1e} of the largest logit",
         "mean difference": f"{report['mean_difference']:.1e}",
         "same best class": f"{report['top1_agreement']:.0%}",
+        **_describe_simulation(report),
         "operations": ", ".join(f"{count} {name}" for name, count in operations),
         "partitions of the accelerator": "none" if report["delegates"] is None else str(report["delegates"]),
         **{
@@ -62,3 +63,10 @@ def format_report(report: dict[str, Any]) -> str:
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _describe_simulation(report: dict[str, Any]) -> dict[str, str]:
+    if "simulation_equal" not in report:
+        return {}
+    equal, steps = report["simulation_equal"], report["simulation_steps"]
+    return {"equal to the int8 simulation": f"{equal:.2%} of the logits, the others within {steps} steps"}

@@ -117,7 +117,7 @@ class _Writer:
             signatureDefs=[signature],
             metadata=entries,
         )
-        return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+        return bytes(flatbuffer_utils.convert_object_to_bytearray(model))  # pyright: ignore[reportArgumentType]
 
     def _buffer(self, data: bytes) -> int:
         self.buffers.append(schema.BufferT(data=np.frombuffer(data, np.uint8)))

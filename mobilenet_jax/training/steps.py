@@ -175,7 +175,14 @@ def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, *, model, op
 def eval_step(
     variables: dict, batch: Batch, *, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> dict[str, jax.Array]:
-    """Return sums over the images that `batch["mask"]` [B] marks.
+    """Return `count_answers` of a network on the images of a batch."""
+    images = normalise_images(batch["images"], mean, std)
+    logits: Any = model.apply(variables, images, train=False)
+    return count_answers(logits, batch["labels"], batch["mask"])
+
+
+def count_answers(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Return sums over the images that `mask` [B] marks, of logits [B, K] and labels [B].
 
     The sums are loss, top1, top5, count, classes, calibration and confusion. `classes` [2, K] counts the images of each
     class, and the correct answers among them. `calibration` [2, 15] has, for the answers with a probability in
@@ -183,9 +190,6 @@ def eval_step(
     1706.04599, section 2). `confusion` [K, K] has true classes in rows and predicted classes in columns; it is left out
     above 100 classes.
     """
-    images = normalise_images(batch["images"], mean, std)
-    logits: Any = model.apply(variables, images, train=False)
-    labels, mask = batch["labels"], batch["mask"]
     classes = logits.shape[-1]
     losses = softmax_cross_entropy(logits, labels, label_smoothing=0.0)
     _, best = lax.top_k(logits, min(5, classes))
