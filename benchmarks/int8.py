@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mobilenet_jax.cli.config import apply_preprocessing, load_config
+from mobilenet_jax.data.loader import make_eval_batches
 from mobilenet_jax.data.sources import eval_split, open_source
-from mobilenet_jax.data.transforms import EvalTransform
 from mobilenet_jax.exporting.folding import read_weights
 from mobilenet_jax.exporting.graph import build_graph
 from mobilenet_jax.exporting.images import read_images
@@ -37,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "min-max, equalised": {"equalize": True},
     "min-max, biases corrected": {"correct_bias": True},
     "mse, biases corrected": {"ranges": "mse", "correct_bias": True},
+    "percentile, biases corrected": {"ranges": "percentile", "correct_bias": True},
+    "percentile, equalised, biases corrected": {"ranges": "percentile", "equalize": True, "correct_bias": True},
 }
 BATCH = 50
 
@@ -52,13 +54,13 @@ def read_labelled(where: str, card: dict, *, count: int) -> Labelled:
     """Read the images to test on: of a folder, without labels, or the evaluation split of a config file."""
     if ".py" not in where:
         return Labelled(read_images(where, card, count=count).pixels, None)
-    given = read_preprocessing(card, source="the weights")
     config: Any = load_config(where, [])
     apply_preprocessing(config, card, [])
     source = open_source(config.data, eval_split(config.data))
-    transform = EvalTransform(given.image_size, given.crop_share, given.interpolation, given.squash)
-    records = [source[i] for i in range(min(count, len(source)))]
-    return Labelled(np.stack([transform(r.image) for r in records]), np.array([r.label for r in records]))  # pyright: ignore[reportArgumentType]
+    batches, _ = make_eval_batches(config.data, process_index=0, process_count=1, device_count=1, source=source)
+    parts = [(batch["images"][batch["mask"]], batch["labels"][batch["mask"]]) for batch in batches]
+    images, labels = (np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True))
+    return Labelled(images, labels)
 
 
 def run(data: bytes, inputs: np.ndarray) -> np.ndarray:
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", help="the model in the weights, if they fit several")
     parser.add_argument("--calibration", required=True, help="a folder of images, or a config file")
     parser.add_argument("--images", required=True, help="a folder of images, or a config file: the images to test on")
-    parser.add_argument("--calibrate", type=int, default=100, help="images to calibrate on; default: 100")
+    parser.add_argument("--calibrate", type=int, default=128, help="images to calibrate on; default: 128")
     parser.add_argument("--test", type=int, default=10_000, help="images to test on, at most; default: 10,000")
     parser.add_argument("--methods", help=f"some rows, separated by semicolons; default: {'; '.join(METHODS)}")
     for line in measure(parser.parse_args(argv)):

@@ -143,3 +143,21 @@ def test_equalisation_leaves_the_weights_it_is_given_alone():
     before = {name: pair.kernel.copy() for name, pair in weights.items()}
     equalize_layers(graph, weights)
     assert all(np.array_equal(weights[name].kernel, kernel) for name, kernel in before.items())
+
+
+def test_logits_above_those_of_the_calibration_are_no_draw(run):
+    graph, weights = make_chain()
+    largest = np.argmax(run(graph, weights).max(axis=1))
+    network = quantize(graph, weights, np.delete(IMAGES_8, largest, axis=0))
+    codes = simulate(network, IMAGES_8)
+    assert codes[largest].max() == codes.max() < 127
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse"])
+def test_no_method_cuts_the_logits_or_the_images(method):
+    graph, weights = make_chain()
+    extremes = calibrate.measure_ranges(graph, weights, IMAGES_8)
+    found = calibrate.measure_ranges(graph, weights, IMAGES_8, method=method)
+    for name in (IMAGES, graph.output):
+        assert np.array_equal(found[name], extremes[name])
+    assert all(np.ptp(found[name]) <= np.ptp(extremes[name]) for name in extremes)
