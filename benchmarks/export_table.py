@@ -12,11 +12,14 @@ if a model could not be exported.
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from mobilenet_jax.cli.allocator import restart_tuned
 from mobilenet_jax.cli.startup import configure_memory
+from mobilenet_jax.models.spec import Spec
 from mobilenet_jax.models.zoo import CONVENTIONS, MODELS
 
 FORMATS = ("tflite", "onnx")
@@ -26,25 +29,24 @@ _HEADER = (
 )
 
 
-def draw_variables(model) -> dict:
-    """Return variables of a model in which no batch norm is the identity, with maps of about unit variance."""
+def draw_variables(spec: Spec) -> dict:
+    """Return variables in which no batch norm, bias or layer scale is the identity."""
     from flax import traverse_util
 
     from mobilenet_jax.models.init import init_variables
+    from mobilenet_jax.models.network import MobileNet
 
-    rng = np.random.default_rng(0)
-    leaves = traverse_util.flatten_dict(init_variables(model, seed=0))
+    rng = np.random.default_rng(1)
+    leaves: dict[Any, Any] = traverse_util.flatten_dict(init_variables(MobileNet(spec), seed=0))
     for path, leaf in leaves.items():
-        if path[-1] in ("scale", "var", "mean", "bias"):
-            low, high = (0.5, 1.5) if path[-1] in ("scale", "var") else (-0.5, 0.5)
-            leaves[path] = rng.uniform(low, high, np.shape(leaf)).astype(np.float32)
+        if path[-1] != "kernel":
+            low, high = (-0.5, 0.5) if path[-1] in ("mean", "bias") else (0.5, 1.5)
+            leaves[path] = rng.uniform(low, high, leaf.shape).astype(np.float32)
     return traverse_util.unflatten_dict(leaves)
 
 
 def make_row(name: str, width: float, convention: str, image_size: int) -> str:
     """Return the row of a model; raise what `export_weights` raises."""
-    from dataclasses import replace
-
     from mobilenet_jax import create_model, export_weights
     from mobilenet_jax.weights.card import HALF, make_card
 
@@ -59,7 +61,7 @@ def make_row(name: str, width: float, convention: str, image_size: int) -> str:
         class_names=None,
         source={"file": "random", "sha256": "none"},
     )
-    weights, reports = (model, draw_variables(model), card), {}
+    weights, reports = (model, draw_variables(model.spec), card), {}
     for kind in FORMATS:
         with tempfile.TemporaryDirectory() as folder:
             reports[kind] = export_weights(weights, format=kind, out=folder, batch=1)

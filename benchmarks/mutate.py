@@ -22,8 +22,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mobilenet_jax import load_weights, save_weights
+from mobilenet_jax import export_weights, load_weights, save_weights
 from mobilenet_jax.data.decode import UnreadableImageError, decode_image
+from mobilenet_jax.exporting.contract import is_exported, read_exported
+from mobilenet_jax.exporting.runtime import open_classifier
 from mobilenet_jax.weights import WeightsError
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
@@ -121,6 +123,14 @@ def read_image(path: Path) -> None:
     decode_image(path, name=str(path))
 
 
+def read_weights(path: Path) -> None:
+    """Read weights, or an exported file, as `predict` does."""
+    if is_exported(path):
+        open_classifier(read_exported(path))
+    else:
+        load_weights(path)
+
+
 def try_file(path: Path, load: Callable[[Path], object] = load_weights) -> str:
     """Return "loaded" or "refused"; raise TimeoutError, and any exception that is not a refusal in one sentence."""
 
@@ -152,15 +162,17 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         ours = Path(folder) / "ours.safetensors"
-        save_weights(ours, *load_weights(flags.fixtures / FILES[0]))
-        sources = [*(flags.fixtures / file for file in FILES), ours]
+        weights = load_weights(flags.fixtures / FILES[0])
+        save_weights(ours, *weights)
+        exports = [Path(export_weights(weights, format=kind, out=folder)["file"]) for kind in ("tflite", "onnx")]
+        sources = [*(flags.fixtures / file for file in FILES), ours, *exports]
         images = [Path(folder) / name for name in IMAGES]
         for image in images:
             write_image(image)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for source in [*sources, *images]:
             data, counts = source.read_bytes(), collections.Counter()
-            load, kin = (read_image, images) if source in images else (load_weights, sources)
+            load, kin = (read_image, images) if source in images else (read_weights, sources)
             for i in range(-(-flags.count // len(kin))):
                 path = Path(folder) / f"mutated{source.suffix}"
                 path.write_bytes(mutate(data, random.Random(f"{flags.seed} {source.name} {i}")))

@@ -39,7 +39,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="START:STOP",
         help="trace these training steps into WORKDIR/profile, for TensorBoard and Perfetto",
     )
-    add_weights_flags(parser, "--weights", use="with --mode=eval, evaluate these instead of the run in the workdir: ")
+    use = "with --mode=eval, evaluate these instead of the run in the workdir: an exported .tflite or .onnx file, or "
+    add_weights_flags(parser, "--weights", use=use)
     parser.add_argument(
         "--deterministic",
         action="store_true",

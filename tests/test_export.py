@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.export_table import draw_variables
 from mobilenet_jax import export as command
 from mobilenet_jax import main as main_command
 from mobilenet_jax import predict as predict_command
@@ -15,7 +16,6 @@ from mobilenet_jax.training import evaluate
 from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
-from tests.exporting.networks import draw_variables
 
 CONFIG = "configs/v2.py:digits"
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # absl's
@@ -81,7 +81,7 @@ def test_the_files_of_an_export(exported):
 
 
 def test_the_report_is_printed(capsys, file, tmp_path):
-    code = command.main([f"--weights={file}", "--format=tflite", "--batch=2", f"--out={tmp_path}"])
+    code = command.main([f"--weights={file}", "--format=tflite", "--batch=20", f"--out={tmp_path}"])
     out = capsys.readouterr().out
     assert code == 0
     lines = dict(line.split("  ", 1) for line in out.splitlines())
@@ -90,7 +90,7 @@ def test_the_report_is_printed(capsys, file, tmp_path):
     assert lines["partitions of the accelerator"].strip() == "1"
     assert lines["operations"].strip() == "2 CONV_2D, 1 FULLY_CONNECTED, 1 MEAN"
     contract = json.loads((tmp_path / "digits_tiny.json").read_text())
-    assert contract["input"]["shape"] == [2, 16, 16, 3]
+    assert contract["input"]["shape"] == [20, 16, 16, 3]
 
 
 def test_files_are_evaluated_as_their_weights(capsys, exported, file, tmp_path):
@@ -134,7 +134,7 @@ def test_a_file_is_asked_by_predict(capsys, exported, file, tmp_path, write_imag
         (["--weights=nowhere", "--format=tflite"], "there are no weights nowhere"),
         (["--weights=FILE", "--format=tflite", "--quantize=int8"], "quantize int8 needs calibration"),
         (["--weights=FILE", "--format=tflite", "--calibration=EMPTY"], "EMPTY holds no image"),
-        (["--weights=FILE", "--format=tflite", "--batch=64"], "batch is 64 and there are 16 images"),
+        (["--weights=FILE", "--format=onnx", "--quantize=int8", "--float_ends"], "quantize int8 needs calibration"),
     ],
 )
 def test_a_command_that_cannot_be_obeyed_is_one_sentence(capsys, file, tmp_path, monkeypatch, arguments, said):

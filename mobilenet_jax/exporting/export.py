@@ -219,8 +219,10 @@ def _write_onnx(job: _Job, network: Quantized, contract: str) -> bytes:
 
 def _compare(job: _Job, network: Quantized, data: bytes, images: Images) -> dict[str, Any]:
     """Return the report's figures; raise ParityError if the file does not compute what it should."""
-    pixels = images.pixels[:_COMPARED]
-    inputs, batch = job.inputs(pixels), job.batch or 1
+    batch = job.batch or 1
+    count = -(-_COMPARED // batch) * batch
+    pixels = images.pixels[np.arange(count) % len(images.pixels)]  # again from the start if there are too few
+    inputs = job.inputs(pixels)
     exact = job.model.clone(precision="highest")
 
     @jax.jit
@@ -229,9 +231,7 @@ def _compare(job: _Job, network: Quantized, data: bytes, images: Images) -> dict
 
     variables = jax.device_put(job.variables)
     ours = lambda part: np.asarray(answer(variables, part))  # noqa: E731
-    parts = [slice(i, i + batch) for i in range(0, len(pixels) - batch + 1, batch)]
-    if not parts:
-        raise ValueError(f"batch is {batch} and there are {len(pixels)} images; valid here: up to {len(pixels)}")
+    parts = [slice(i, i + batch) for i in range(0, count, batch)]
     wanted = np.concatenate([ours(pixels[part]) for part in parts])
     load = RUNTIMES[job.format]
     runtimes = {threads: load(data, threads=threads) for threads in report.THREADS}
@@ -251,9 +251,9 @@ def _compare(job: _Job, network: Quantized, data: bytes, images: Images) -> dict
         pair = {job.format: (loaded, inputs[parts[0]]), "jax": (ours, pixels[parts[0]])}
         latency[f"{threads} thread{'s' if threads > 1 else ''}"] = report.measure_in_turns(pair)
     return {
-        "images": {"count": len(wanted), "source": images.source},
+        "images": {"count": min(count, len(images.pixels)), "source": images.source},
         **figures,
-        **(_compare_simulation(network, inputs[: len(got)], got) if job.quantize == "int8" else {}),
+        **(_compare_simulation(network, inputs, got) if job.quantize == "int8" else {}),
         "bytes": len(data),
         "operations": runtime.operations,
         "delegates": runtime.delegates,

@@ -1,12 +1,11 @@
 """Networks of a few layers that together have every construct of the tables."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import traverse_util
 
-from mobilenet_jax.models.init import init_variables
+from benchmarks.export_table import draw_variables
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import (
     Conv,
@@ -86,17 +85,6 @@ class Network(NamedTuple):
     variables: dict
     images: np.ndarray  # float32 [3, SIZE, SIZE, 3]
     logits: np.ndarray
-
-
-def draw_variables(spec: Spec) -> dict:
-    """Return variables in which no norm, bias or layer scale is the identity."""
-    rng = np.random.default_rng(1)
-    leaves: dict[Any, Any] = traverse_util.flatten_dict(init_variables(MobileNet(spec), seed=0))
-    for path, leaf in leaves.items():
-        if path[-1] != "kernel":
-            low, high = (-0.5, 0.5) if path[-1] in ("mean", "bias") else (0.5, 1.5)
-            leaves[path] = rng.uniform(low, high, leaf.shape).astype(np.float32)
-    return traverse_util.unflatten_dict(leaves)
 
 
 def run_networks() -> dict[str, Network]:

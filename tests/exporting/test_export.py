@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.export_table import draw_variables
 from mobilenet_jax import export_weights
 from mobilenet_jax.exporting import contract, export, runtime, tflite_metadata
 from mobilenet_jax.exporting.contract import read_exported
@@ -17,7 +18,6 @@ from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import Conv, InvertedResidual, Spec, SqueezeExcite
 from mobilenet_jax.models.spec_json import to_json
 from mobilenet_jax.weights import WeightsError
-from tests.exporting.networks import draw_variables
 
 FORMATS = ("tflite", "onnx", "stablehlo")
 
@@ -113,7 +113,7 @@ def test_a_file_that_differs_is_not_written(weights, tmp_path, monkeypatch):
     def spoil(graph, variables):
         weights = read(graph, variables)
         pair = weights["classifier"]
-        return {**weights, "classifier": pair._replace(bias=pair.bias + np.float32([0, 0.01, 0]))}
+        return {**weights, "classifier": pair._replace(bias=pair.bias + np.array([0, 0.01, 0], np.float32))}
 
     monkeypatch.setattr(export, "read_weights", spoil)
     with pytest.raises(export.ParityError, match=r"differs from the network by .* nothing was written"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from benchmarks.export_table import draw_variables
 from mobilenet_jax.exporting.folding import fold_weights, read_weights
 from mobilenet_jax.exporting.graph import IMAGES, PIXELS, Graph, build_graph, with_normalisation
 from mobilenet_jax.exporting.interpreter import run_graph
@@ -15,7 +16,7 @@ from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.options import with_output_stride
 from mobilenet_jax.models.spec import Conv, Spec, UniversalInverted
 from mobilenet_jax.models.zoo import CONVENTIONS, MODELS, make_spec
-from tests.exporting.networks import SIZE, SPECS, draw_variables
+from tests.exporting.networks import SIZE, SPECS
 
 
 def list_variables(graph: Graph) -> list[str]:

@@ -18,7 +18,7 @@ def run(data: bytes, images: np.ndarray) -> np.ndarray:
     """The outputs of a file for images."""
     session = onnxruntime.InferenceSession(data)
     (given,) = session.get_inputs()
-    return session.run(None, {given.name: images})[0]
+    return np.asarray(session.run(None, {given.name: images})[0])
 
 
 @pytest.mark.parametrize(("name", "batch"), [*((name, None) for name in SPECS), ("gates", 3)])
