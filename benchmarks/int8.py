@@ -27,18 +27,19 @@ from mobilenet_jax.exporting.tflite import write_tflite
 from mobilenet_jax.weights.card import read_preprocessing
 from mobilenet_jax.weights.load import load_weights
 
+_MINMAX: dict[str, Any] = {"ranges": "minmax", "correct_bias": False}
 METHODS: dict[str, dict[str, Any]] = {
-    "one scale a kernel": {"per_tensor": True},
-    "one scale a kernel, equalised": {"per_tensor": True, "equalize": True},
-    "one scale a kernel, biases corrected": {"per_tensor": True, "correct_bias": True},
-    "min-max": {},
-    "percentile": {"ranges": "percentile"},
-    "mse": {"ranges": "mse"},
-    "min-max, equalised": {"equalize": True},
-    "min-max, biases corrected": {"correct_bias": True},
-    "mse, biases corrected": {"ranges": "mse", "correct_bias": True},
-    "percentile, biases corrected": {"ranges": "percentile", "correct_bias": True},
-    "percentile, equalised, biases corrected": {"ranges": "percentile", "equalize": True, "correct_bias": True},
+    "one scale a kernel": {**_MINMAX, "per_tensor": True},
+    "one scale a kernel, equalised": {**_MINMAX, "per_tensor": True, "equalize": True},
+    "one scale a kernel, biases corrected": {**_MINMAX, "per_tensor": True, "correct_bias": True},
+    "min-max": _MINMAX,
+    "min-max, equalised": {**_MINMAX, "equalize": True},
+    "min-max, biases corrected": {**_MINMAX, "correct_bias": True},
+    "mse": {**_MINMAX, "ranges": "mse"},
+    "mse, biases corrected": {"ranges": "mse"},
+    "percentile": {"correct_bias": False},
+    "percentile, biases corrected": {},  # the default
+    "percentile, biases corrected, equalised": {"equalize": True},
 }
 BATCH = 50
 
