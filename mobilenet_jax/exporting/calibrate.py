@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mobilenet_jax.exporting.folding import Weights
-from mobilenet_jax.exporting.graph import Graph
+from mobilenet_jax.exporting.graph import IMAGES, Graph
 from mobilenet_jax.exporting.integer import list_ranges
 from mobilenet_jax.exporting.interpreter import run_graph
 
@@ -28,7 +28,7 @@ def measure_ranges(
       weights: float32, of `folding.read_weights`.
       images: [N, H, W, C], as the graph's input takes them.
       method: "minmax", the extremes; "percentile", without the largest 0.01% of the values on either side; "mse", the
-        range with the smallest mean squared error of rounding and saturation. Input and output always have their
+        range with the smallest mean squared error of rounding and saturation. Images and output always have their
         extremes: the largest logit, which is the answer, must not be cut off.
 
     Raises ValueError for an unknown method, images of another shape, or none at all.
@@ -87,7 +87,7 @@ def _run(graph, weights, images):
 
 def _count_values(graph, weights, images, extremes) -> dict[str, np.ndarray]:
     """Return a histogram of each tensor, with equal bins between its extremes."""
-    counts = {name: np.zeros(_BINS, np.int64) for name in extremes if name not in (graph.input, graph.output)}
+    counts = {name: np.zeros(_BINS, np.int64) for name in extremes if name not in (IMAGES, graph.output)}
     for batch in _batches(images):
         values = _run(graph, dict(weights), batch)
         for name in counts:
