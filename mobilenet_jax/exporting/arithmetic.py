@@ -61,7 +61,9 @@ def saturate(x: jax.Array, encoding: Encoding, activation: str = "linear") -> ja
 
     low = zero if activation in ("relu", "relu6") else SMALLEST
     high = _round_codes(6 / encoding.scale + zero) if activation == "relu6" else LARGEST
-    return _round(lax.clamp(low - zero, x, high - zero))
+    kept = lax.clamp(low - zero, x, high - zero)
+    # The extremes of a range lie on its bounds, where the gradient of `clamp` is 0 already.
+    return _round(jnp.where(kept == x, x, kept))
 
 
 def _round(x: jax.Array) -> jax.Array:
@@ -92,8 +94,9 @@ def quantize_kernel(kernel: jax.Array, *, per_tensor: bool = False) -> tuple[jax
     if per_tensor:
         largest = jnp.full_like(largest, jnp.max(largest))
     scales = keep(jnp.maximum(largest, _SMALLEST_SCALE) * np.float32(1 / _KERNEL_LEVELS))
+    # A product off by a rounding, as 127.00001, is rounded to 127.
     levels = kernel * keep(1 / scales).reshape(*[1] * (kernel.ndim - 1), -1)
-    return _round(lax.clamp(-np.float32(_KERNEL_LEVELS), levels, np.float32(_KERNEL_LEVELS))), scales
+    return _round(levels), scales
 
 
 def quantize_bias(bias: jax.Array, unit: jax.Array) -> jax.Array:

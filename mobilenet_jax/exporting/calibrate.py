@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mobilenet_jax.exporting.folding import Weights
-from mobilenet_jax.exporting.graph import Graph
+from mobilenet_jax.exporting.graph import IMAGES, Graph
 from mobilenet_jax.exporting.integer import list_ranges
 from mobilenet_jax.exporting.interpreter import run_graph
 
@@ -28,7 +28,8 @@ def measure_ranges(
       weights: float32, of `folding.read_weights`.
       images: [N, H, W, C], as the graph's input takes them.
       method: "minmax", the extremes; "percentile", without the largest 0.01% of the values on either side; "mse", the
-        range with the smallest mean squared error of rounding and saturation.
+        range with the smallest mean squared error of rounding and saturation. Images and output always have their
+        extremes: the largest logit, which is the answer, must not be cut off.
 
     Raises ValueError for an unknown method, images of another shape, or none at all.
     """
@@ -39,7 +40,8 @@ def measure_ranges(
     if method == "minmax":
         return extremes
     counts = _count_values(graph, weights, images, extremes)
-    return {name: METHODS[method](counts[name], *extremes[name]) for name in extremes}
+    chosen = {name: METHODS[method](counts[name], *extremes[name]) for name in counts}
+    return {**extremes, **chosen}
 
 
 def check_images(graph: Graph, images: np.ndarray) -> None:
@@ -85,11 +87,12 @@ def _run(graph, weights, images):
 
 def _count_values(graph, weights, images, extremes) -> dict[str, np.ndarray]:
     """Return a histogram of each tensor, with equal bins between its extremes."""
-    counts = {name: np.zeros(_BINS, np.int64) for name in extremes}
+    counts = {name: np.zeros(_BINS, np.int64) for name in extremes if name not in (IMAGES, graph.output)}
     for batch in _batches(images):
-        for name, values in _run(graph, weights, batch).items():
+        values = _run(graph, dict(weights), batch)
+        for name in counts:
             low, high = extremes[name]
-            bins = (np.ravel(values) - low) * np.float32(_BINS / max(high - low, 1e-12))
+            bins = (np.ravel(values[name]) - low) * np.float32(_BINS / max(high - low, 1e-12))
             counts[name] += np.bincount(np.clip(bins.astype(np.int32), 0, _BINS - 1), minlength=_BINS)
     return counts
 
