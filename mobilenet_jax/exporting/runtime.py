@@ -131,7 +131,8 @@ RUNTIMES: dict[str, Callable[..., Runtime]] = {
 def open_classifier(exported: Exported) -> Callable[[np.ndarray, Levels, Levels], np.ndarray]:
     """Return the function (images uint8 [B, H, W, C], mean, std) -> logits [B, K] of an exported file.
 
-    A file that normalises inside is given the images, whatever mean and std are. The function uses all processors. Raises MissingPackageError, and WeightsError if the runtime refuses the file.
+    A file that normalises inside is given the images, whatever mean and std are. The function uses all processors.
+    Raises MissingPackageError, and WeightsError if the runtime refuses the file.
     """
     try:
         runtime = RUNTIMES[exported.kind](exported.data, threads=os.cpu_count() or 1)
