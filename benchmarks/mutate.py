@@ -24,8 +24,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.strangers import write_forms
-from mobilenet_jax import load_weights, save_weights
+from mobilenet_jax import export_weights, load_weights, save_weights
 from mobilenet_jax.data.decode import UnreadableImageError, decode_image
+from mobilenet_jax.exporting.contract import is_exported, read_exported
+from mobilenet_jax.exporting.runtime import open_classifier
 from mobilenet_jax.weights import WeightsError
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
@@ -118,14 +120,17 @@ def write_image(path: Path) -> None:
     path.write_bytes(buffer.getvalue())
 
 
-def load_form(path: Path) -> None:
-    """Load a file of weights, or the folder that a JSON file describes."""
-    load_weights(path.parent if (path.parent / "config.json").exists() else path)
-
-
 def read_image(path: Path) -> None:
     """Read an image as `predict` does."""
     decode_image(path, name=str(path))
+
+
+def read_weights(path: Path) -> None:
+    """Read weights, the folder of a network that a JSON file describes, or an exported file, as `predict` does."""
+    if is_exported(path):
+        open_classifier(read_exported(path))
+    else:
+        load_weights(path.parent if (path.parent / "config.json").exists() else path)
 
 
 def try_file(path: Path, load: Callable[[Path], object] = load_weights) -> str:
@@ -163,8 +168,10 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         ours = Path(folder) / "ours.safetensors"
-        save_weights(ours, *load_weights(flags.fixtures / FILES[0]))
-        sources = [*(flags.fixtures / file for file in FILES), ours]
+        weights = load_weights(flags.fixtures / FILES[0])
+        save_weights(ours, *weights)
+        exports = [Path(export_weights(weights, format=kind, out=folder)["file"]) for kind in ("tflite", "onnx")]
+        sources = [*(flags.fixtures / file for file in FILES), ours, *exports]
         forms = write_forms(Path(folder))
         images = [Path(folder) / name for name in IMAGES]
         for image in images:
@@ -173,7 +180,7 @@ def main() -> int:
         ended = time.monotonic() + flags.minutes * 60
         for source in [*sources, *forms, *images]:
             data, counts = source.read_bytes(), collections.Counter()
-            load, kin = (read_image, images) if source in images else (load_form, [*sources, *forms])
+            load, kin = (read_image, images) if source in images else (read_weights, [*sources, *forms])
             for i in range(-(-flags.count // len(kin))):
                 if time.monotonic() > ended:
                     print(f"{source.name}: {flags.minutes:g} minutes are over after {i} of them")

@@ -97,6 +97,9 @@ def get_config() -> ml_collections.ConfigDict:
     # running statistics; 0: keep the running statistics. May be a fraction.
     train.recompute_stats_epochs = 0.0
     train.cache_features = False  # compute the features of each image once, and train the classifier on them
+    train.quantize = placeholder(str)  # int8: train the network as int8 kernels run it, from `init`; none: in float
+    train.range_decay = 0.99  # int8: share of the range of each tensor that a step keeps
+    train.freeze_ranges_epochs = 1.0  # int8: epochs at the end in which the ranges stay as they are
     train.log_every_steps = 10  # steps
     train.diagnose_every_steps = 0  # steps between counts of dead depthwise filters in the metrics; 0: never
     train.eval_every_epochs = 1.0  # epochs; 0: only at the end

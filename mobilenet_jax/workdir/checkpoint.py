@@ -44,6 +44,7 @@ PROTECTED = (
     "optim.name",
     "optim.freeze",
     "optim.freeze_epochs",
+    "train.quantize",
     "processes",
 )
 # These choose another formulation of the same network.
@@ -305,6 +306,16 @@ def load_variables(workdir: str | os.PathLike) -> tuple[dict, dict]:
     state: dict[str, Any] = traverse_util.unflatten_dict(leaves, sep=".")
     variables = {name: state.get("ema", state)[name] for name in ("params", "batch_stats")}
     return variables, {**meta, "step": int(leaves["step"])}
+
+
+def load_ranges(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Return the ranges of the int8 network that a workdir's newest checkpoint holds, by tensor; {} of a float run.
+
+    They belong to the variables that `load_variables` returns. Raises what `load_variables` raises.
+    """
+    leaves, _ = read_checkpoint(workdir)
+    prefix = "ema.ranges." if any(name.startswith("ema.") for name in leaves) else "ranges."
+    return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
 
 
 def merge_variables(fresh: dict, loaded: dict, *, source: str, afresh: tuple[str, ...] = ()) -> dict:
