@@ -35,6 +35,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "plain": {"lowering": "plain"},
     "shifted_sum": {"depthwise_impl": "shifted_sum"},
 }
+# The difference from the CPU's logits, training and inference steps, and a run on JPEGs.
+WHAT = ("difference", "train", "infer", "run")
 SMALL: dict[str, Any] = {
     "models": ["mobilenet_v1"],
     "batch_sizes": [8],
@@ -59,6 +61,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--batch_sizes", nargs="+", type=int, default=[32, 128, 512], help="images in a step; default: 32 128 512")
     add("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"], help="default: both")
+    add("--forms", nargs="+", choices=tuple(FORMS), default=list(FORMS), help="default: all")
+    add("--what", nargs="+", choices=WHAT, metavar="WHAT", default=list(WHAT), help=f"{' '.join(WHAT)}; default: all")
     add("--resolution", type=int, default=224, help="pixels; default: 224")
     add("--seconds", type=float, default=3.0, help="approximate length of a measurement; default: 3")
     add("--small", action="store_true", help="one small case, in place of the other options: a test of this command")
@@ -150,15 +154,17 @@ def measure_all(args: argparse.Namespace) -> Iterator[dict]:
             return {**case, "failed": str(error).splitlines()[0]}
 
     for name in args.models:
-        case = {"what": "difference from CPU", "model": name}
-        yield attempt(case, compare_with_cpu, name, args.options, resolution=args.resolution)
-        for dtype, batch_size, what, form in itertools.product(
-            args.dtypes, args.batch_sizes, ("train", "infer"), FORMS
-        ):
+        if "difference" in args.what:
+            case = {"what": "difference from CPU", "model": name}
+            yield attempt(case, compare_with_cpu, name, args.options, resolution=args.resolution)
+        steps = [what for what in args.what if what in ("train", "infer")]
+        for dtype, batch_size, what, form in itertools.product(args.dtypes, args.batch_sizes, steps, args.forms):
             case = {"what": what, "model": name, "dtype": dtype, "batch_size": batch_size, "form": form}
             options = {"dtype": dtype, **FORMS[form], **args.options}
             sizes = {"resolution": args.resolution, "seconds": args.seconds}
             yield attempt(case, measure_speed, name, what, batch_size, options, **sizes)
+    if "run" not in args.what:
+        return
     name, dtype, batch_size = args.models[-1], args.dtypes[0], args.batch_sizes[-1]
     case = {"what": "run on JPEGs", "model": name, "dtype": dtype, "batch_size": batch_size}
     sizes = {"batch_size": batch_size, "resolution": args.resolution}

@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from etils import epath
+
 from mobilenet_jax.workdir.checkpoint import read_checkpoint
 from mobilenet_jax.workdir.metrics import read_metrics
 
@@ -28,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # saves are at different steps.
 CONFIG = {
     "model.width": 0.1,
+    "model.shallow": True,
     "model.dropout": 0.2,
     "data.image_size": 16,
     "data.batch_size": 32,
@@ -41,19 +44,22 @@ CONFIG = {
 }
 
 
-def make_command(workdir: Path, *, steps: int) -> list[str]:
+def make_command(workdir: Path, *, steps: int, flags: list[str]) -> list[str]:
     """Return the command of a small run on digits, which takes about as long as its start."""
     overrides = [f"--config.{key}={value}" for key, value in {**CONFIG, "train.steps": steps}.items()]
     config = f"--config={ROOT / 'configs' / 'v1.py'}"
-    return [sys.executable, "-m", "mobilenet_jax.main", config, f"--workdir={workdir}", *overrides]
+    return [sys.executable, "-m", "mobilenet_jax.main", config, f"--workdir={workdir}", *overrides, *flags]
 
 
-def start(workdir: Path, *, steps: int) -> subprocess.Popen:
+def start(workdir: Path, *, steps: int, flags: list[str]) -> subprocess.Popen:
     """Start the run as a process; its output goes to a file beside the workdir."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with workdir.with_suffix(".log").open("a") as log:
-        return subprocess.Popen(make_command(workdir, steps=steps), stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(
+            make_command(workdir, steps=steps, flags=flags), stdout=log, stderr=log, env=environment
+        )
 
 
 def finish(process: subprocess.Popen, workdir: Path) -> None:
@@ -98,7 +104,7 @@ def kill_at_random(process: subprocess.Popen, workdir: Path, *, seconds: float, 
     return None
 
 
-def read_run(workdir: Path) -> dict:
+def read_run(workdir: Path | epath.Path) -> dict:
     """Return {name: value} of everything that must be equal in two runs; arrays are (dtype, shape, bytes)."""
     leaves, meta = read_checkpoint(workdir)
     steps = read_metrics(workdir)
@@ -129,13 +135,13 @@ def describe_state(workdir: Path) -> str:
     return f"newest checkpoint {max(saved, default='none')}, last line {logged}"
 
 
-def compare(workdir: Path, *, kills: int, steps: int, seed: int) -> int:
-    """Return the number of values that differ from an uninterrupted run, over all killed runs."""
+def compare(workdir: Path, *, kills: int, steps: int, seed: int, flags: list[str]) -> int:
+    """Return the number of values that differ from an uninterrupted run, over all killed runs; `flags` are main's."""
     draw = random.Random(seed)
     whole = workdir / "whole"
-    finish(start(workdir / "warm", steps=steps), workdir / "warm")  # fills the compilation cache
+    finish(start(workdir / "warm", steps=steps, flags=flags), workdir / "warm")  # fills the compilation cache
     begun = time.perf_counter()
-    finish(start(whole, steps=steps), whole)
+    finish(start(whole, steps=steps, flags=flags), whole)
     seconds = time.perf_counter() - begun
     expected = read_run(whole)
     if expected["steps logged"] != list(range(1, steps + 1)):
@@ -147,7 +153,7 @@ def compare(workdir: Path, *, kills: int, steps: int, seed: int) -> int:
         runs += 1
         while killed < kills:
             begun = time.perf_counter()
-            process = start(run, steps=steps)
+            process = start(run, steps=steps, flags=flags)
             try:
                 moment = kill_at_random(process, run, seconds=seconds, draw=draw)
             finally:
@@ -157,7 +163,7 @@ def compare(workdir: Path, *, kills: int, steps: int, seed: int) -> int:
                 break
             killed += 1
             print(f"kill {killed:2d}: {moment}: {describe_state(run)}", flush=True)
-        finish(start(run, steps=steps), run)
+        finish(start(run, steps=steps, flags=flags), run)
         differences = find_differences(expected, read_run(run))
         wrong += len(differences)
         print(f"run {runs}: {len(differences)} values differ {differences[:5] or ''}", flush=True)
@@ -172,12 +178,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=100, help="steps of each run; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments; default: %(default)s")
     parser.add_argument("--workdir", type=Path, help="folder that is kept; default: a temporary folder")
-    flags = parser.parse_args(argv)
-    workdir = flags.workdir or Path(tempfile.mkdtemp())
+    parser.add_argument("--deterministic", action="store_true", help="give the runs this flag of main; for GPUs")
+    args = parser.parse_args(argv)
+    workdir = args.workdir or Path(tempfile.mkdtemp())
+    flags = ["--deterministic"] if args.deterministic else []
     try:
-        return 1 if compare(workdir, kills=flags.kills, steps=flags.steps, seed=flags.seed) else 0
+        return int(compare(workdir, kills=args.kills, steps=args.steps, seed=args.seed, flags=flags) > 0)
     finally:
-        if not flags.workdir:
+        if not args.workdir:
             shutil.rmtree(workdir)
 
 

@@ -104,7 +104,7 @@ def evaluate_weights(flags: argparse.Namespace, config, workdir: str, overrides:
         if is_first := jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomic(path, result)
-    except UnreadableImageError:
+    except (UnreadableImageError, ChildProcessError):
         raise
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -15,20 +16,33 @@ if not hasattr(jax, "enable_x64"):  # JAX before 0.8 has it in `jax.experimental
     jax.enable_x64 = jax.experimental.enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 # Before any array exists: the backend reads these once.
 jax.config.update("jax_platforms", "cpu")
+# Compile in a quarter of the time, here and in the processes that tests start: XLA's older code generator, and no
+# threads. XLA ends a process that has a flag which it does not know, as JAX 0.11.2 does with the first. These releases
+# are those of constraints.txt and constraints-oldest.txt; with others, the tests take longer.
+if version("jaxlib") in ("0.7.2", "0.10.2") and "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 jax.config.update("jax_num_cpu_devices", 8)
 # [B, C] + [C] must say which axis it means.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SLOWEST = {"test_notebooks", "test_network", "test_run", "test_configs", "test_phases", "test_sharding", "test_load"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compiled programs are shared by the workers, by the processes that tests start, and with the next run."""
     folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled")))  # pyright: ignore[reportOptionalMemberAccess]
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     # Nearly all of the time is compilation. Without LLVM's optimizations it takes two thirds of the time, here and in
     # the processes that tests start. Tests that hold numbers users see take the fixture `optimized`.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+    config.option.loadscopereorder = False  # keep the order of `pytest_collection_modifyitems`
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the slowest files first: a worker that takes one of them last keeps the others waiting."""
+    items.sort(key=lambda item: item.path.stem not in SLOWEST)
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +70,7 @@ def show_one_device() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 @pytest.fixture
 def optimized() -> Iterator[None]:
-    """Compile as users do, with all optimizations."""
+    """Compile with all optimizations, as users do; `.ci/run` also has the code generator that users have."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -106,6 +120,14 @@ def write_images():
         return paths
 
     return write
+
+
+@pytest.fixture
+def no_figures(monkeypatch) -> None:
+    """Leave the files of figures empty: a run would take two seconds to draw them."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
 
 
 @pytest.fixture

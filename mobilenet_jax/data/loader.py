@@ -5,24 +5,24 @@ of images, and its augmentation depends only on the seed and g. A global batch i
 holds the p-th block of the slice. So the examples do not depend on the number of processes or workers, or on restarts.
 """
 
+import contextlib
 import functools
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import logging
 
 from mobilenet_jax.data.decode import CroppableJpeg, UnreadableImageError, can_crop, decode_image, open_croppable
+from mobilenet_jax.data.pieces import Batch, BatchIterator
 from mobilenet_jax.data.sources import Record, Source, eval_split, open_source
 from mobilenet_jax.data.transforms import TrainTransform, make_eval_transform, make_train_transform
 
-Batch = dict[str, np.ndarray]
-
-# A data set whose prepared images fit in this stays in memory after its first epoch.
+# A data set whose prepared images fit in this stays in memory after its first epoch. Each worker has its own copy, and
+# all copies together must fit.
 MEMORY_BYTES = 512 * 2**20
 ON_ERROR = ("stop", "skip")
 
@@ -30,9 +30,9 @@ ON_ERROR = ("stop", "skip")
 class _Reader:
     """Reads, decodes and prepares images by index, and keeps the images of a small set in memory."""
 
-    def __init__(self, source: Source, prepare: Callable[[np.ndarray], np.ndarray], *, keep: bool):
+    def __init__(self, source: Source, prepare: Callable[[np.ndarray], np.ndarray], *, copies: int):
         self.source = source
-        self._prepare, self._keep = prepare, keep
+        self._prepare, self._copies = prepare, copies  # the number of processes that keep images; 0: none does
         self._kept: dict[int, tuple[np.ndarray, int]] = {}
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
@@ -61,7 +61,7 @@ class _Reader:
 
     def _is_kept(self, size: int) -> bool:
         # Each image is judged by its own size, so that the limit holds without a lock and a running total.
-        return self._keep and size * len(self.source) <= MEMORY_BYTES
+        return self._copies > 0 and size * len(self.source) * self._copies <= MEMORY_BYTES
 
 
 class _Identity:
@@ -83,37 +83,35 @@ def _draw_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-class _LoadTrainBatch:
-    """Makes this process's block of a training batch from the number of the batch.
-
-    One call makes a whole block. Grain's own shuffling, mapping and batching would cost a twentieth of a millisecond
-    per image, a tenth of the time of the image itself.
-    """
+class _TrainMaker:
+    """Makes the rows of this process in training batches."""
 
     def __init__(
         self,
         reader: _Reader,
         transform: TrainTransform | _Identity,
         *,
+        blank: np.ndarray,
         on_error: str,
         seed: int,
-        local_size: int,
+        size: int,
         process_index: int,
         process_count: int,
     ):
-        self._reader, self._transform, self._on_error, self._seed = reader, transform, on_error, seed
-        self._local_size, self._process_index, self._process_count = local_size, process_index, process_count
+        self.size = size
+        self._reader, self._transform, self._blank = reader, transform, blank
+        self._on_error, self._seed = on_error, seed
+        self._process_index, self._process_count = process_index, process_count
         self._read = reader.read_to_crop if transform.crop == "inception" else reader.read
         self._reported: set[str] = set()
 
-    def __call__(self, step: int) -> Batch:
-        start = (step * self._process_count + self._process_index) * self._local_size
-        images, labels, skipped = zip(*map(self._make_example, range(start, start + self._local_size)), strict=True)
-        return {
-            "images": np.stack(images),
-            "labels": np.array(labels, np.int32),
-            "skipped": np.array(skipped, np.int32),
-        }
+    def allocate(self, rows: int) -> Batch:
+        return {**_allocate(rows, self._blank), "skipped": np.empty(rows, np.int32)}
+
+    def fill(self, step: int, rows: range, out: Batch) -> None:
+        start = (step * self._process_count + self._process_index) * self.size
+        for i, row in enumerate(rows):
+            out["images"][i], out["labels"][i], out["skipped"][i] = self._make_example(start + row)
 
     def _make_example(self, place: int) -> tuple[np.ndarray, int, int]:
         """Return the image, the label and the number of skipped images at a place of the stream."""
@@ -146,15 +144,19 @@ class TrainIterator(grain.DatasetIterator[Batch]):
     workers at that position. An iterator that was saved with workers can continue without them.
     """
 
-    def __init__(self, batches: grain.MapDataset, *, workers: int, threads: int, identity: dict[str, int]):
+    def __init__(self, maker: _TrainMaker, *, workers: int, threads: int, identity: dict[str, int]):
         super().__init__()
-        self._batches, self._workers, self._threads, self._identity = batches, workers, threads, identity
+        self._maker, self._workers, self._threads, self._identity = maker, workers, threads, identity
         self._next_batch = 0
-        self._running: grain.DatasetIterator | None = None
+        self._running: BatchIterator | None = None
         self._closed = False
 
     def __next__(self) -> Batch:
-        batch = next(self._start())
+        try:
+            batch = next(self._start())
+        except Exception:
+            self._stop()  # another call starts with the same batch
+            raise
         self._next_batch += 1
         return batch
 
@@ -162,12 +164,13 @@ class TrainIterator(grain.DatasetIterator[Batch]):
         """Start the threads or the workers, if they do not run yet."""
         self._start().start_prefetch()
 
-    def _start(self) -> grain.DatasetIterator:
+    def _start(self) -> BatchIterator:
         if self._closed:
             raise ValueError("the data iterator is closed")
         if self._running is None:
-            remaining = self._batches.slice(slice(self._next_batch, None))
-            self._running = iter(_prefetch(remaining, workers=self._workers, threads=self._threads))
+            self._running = BatchIterator(
+                self._maker, start=self._next_batch, workers=self._workers, threads=self._threads
+            )
         return self._running
 
     def get_state(self) -> dict[str, int]:
@@ -223,11 +226,11 @@ def make_train_iterator(
       A Grain iterator of {"images": uint8[b, S, S, 3], "labels": int32[b], "skipped": int32[b]} with b =
       batch_size / process_count. `skipped` counts the unreadable images that an example replaces. The state is exact
       (see TrainIterator). With data.on_error = "stop", next() raises UnreadableImageError at an unreadable image.
+      next() raises ChildProcessError if a worker was killed.
 
     Raises:
       ValueError, FileNotFoundError: a source that `open_source` refuses.
     """
-    local_size = data_config.batch_size // process_count
     transform = _Identity() if features else make_train_transform(data_config)
     source = features or source or open_source(data_config, "train")
     workers = 0 if features else data_config.workers
@@ -236,58 +239,68 @@ def make_train_iterator(
             "JPEGs are decoded whole, at half the speed: mobilenet_jax.data._jpeg was not built, because the "
             "installation found no C compiler or no headers of libjpeg-turbo"
         )
-    load_batch = _LoadTrainBatch(
-        _Reader(source, transform.prepare, keep=workers == 0 and not features),
+    maker = _TrainMaker(
+        _Reader(source, transform.prepare, copies=0 if features else max(1, workers)),
         transform,
+        blank=_make_blank(data_config, features),
         on_error=data_config.on_error,
         seed=seed,
-        local_size=local_size,
+        size=data_config.batch_size // process_count,
         process_index=process_index,
         process_count=process_count,
     )
     return TrainIterator(
-        grain.MapDataset.range(sys.maxsize).map(load_batch),
+        maker,
         workers=workers,
-        threads=_count_threads(source, workers=workers),
+        threads=_count_threads(source),
         identity={"images": len(source), "batch_size": data_config.batch_size, "seed": seed},
     )
 
 
-class _LoadEvalBatch:
-    """Makes this process's block of an evaluation batch, padded and masked, from the number of the batch."""
+class _EvalMaker:
+    """Makes the rows of this process in evaluation batches; rows after the last image are zeros, with mask False."""
 
-    def __init__(self, reader: _Reader, *, local_size: int, process_index: int, process_count: int, blank: np.ndarray):
-        self._reader, self._local_size, self._blank = reader, local_size, blank
+    def __init__(self, reader: _Reader, *, blank: np.ndarray, size: int, process_index: int, process_count: int):
+        self.size = size
+        self._reader, self._blank = reader, blank
         self._process_index, self._process_count = process_index, process_count
 
-    def __call__(self, step: int) -> Batch:
-        batch = {
-            "images": np.stack([self._blank] * self._local_size),
-            "labels": np.zeros(self._local_size, np.int32),
-            "mask": np.zeros(self._local_size, bool),
-        }
-        start = (step * self._process_count + self._process_index) * self._local_size
-        for row, index in enumerate(range(start, min(start + self._local_size, len(self._reader.source)))):
-            batch["images"][row], batch["labels"][row] = self._reader.read(index)
-            batch["mask"][row] = True
-        return batch
+    def allocate(self, rows: int) -> Batch:
+        return {**_allocate(rows, self._blank), "mask": np.empty(rows, bool)}
+
+    def fill(self, step: int, rows: range, out: Batch) -> None:
+        start = (step * self._process_count + self._process_index) * self.size
+        count = len(self._reader.source)
+        for i, row in enumerate(rows):
+            out["mask"][i] = start + row < count
+            out["images"][i], out["labels"][i] = self._reader.read(start + row) if out["mask"][i] else (0, 0)
+
+
+def _allocate(rows: int, blank: np.ndarray) -> Batch:
+    """Return arrays for that many images, each like `blank`, and their labels."""
+    return {"images": np.empty((rows, *blank.shape), blank.dtype), "labels": np.empty(rows, np.int32)}
+
+
+def _make_blank(data_config, features: Source | None) -> np.ndarray:
+    """Return an array of the shape and type of one prepared image, or of one feature vector."""
+    if features:
+        return np.zeros_like(features[0].image)
+    return np.zeros((data_config.image_size, data_config.image_size, 3), np.uint8)
 
 
 class EvalBatches:
     """The evaluation batches of one process, which can be iterated any number of times."""
 
-    def __init__(self, batches: grain.MapDataset, *, workers: int, threads: int):
-        self._batches, self._workers, self._threads = batches, workers, threads
+    def __init__(self, maker: _EvalMaker, count: int, *, workers: int, threads: int):
+        self._maker, self._count, self._workers, self._threads = maker, count, workers, threads
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return self._count
 
     def __iter__(self) -> Iterator[Batch]:
-        running = iter(_prefetch(self._batches, workers=self._workers, threads=self._threads))
-        try:
+        running = BatchIterator(self._maker, start=0, stop=self._count, workers=self._workers, threads=self._threads)
+        with contextlib.closing(running):
             yield from running
-        finally:
-            running.close()
 
 
 def make_eval_batches(
@@ -324,44 +337,25 @@ def make_eval_batches(
     size = _round_up(data_config.eval_batch_size, math.lcm(device_count, process_count))
     source = features or source or open_source(data_config, split or eval_split(data_config))
     workers = 0 if features else data_config.workers
-    # Only the split of evaluation is read more than once.
-    keep = workers == 0 and not features and split is None
-    reader = _Reader(source, _Identity().prepare if features else make_eval_transform(data_config), keep=keep)
-    blank = np.zeros((data_config.image_size, data_config.image_size, 3), np.uint8)
-    load = _LoadEvalBatch(
+    # Only the split of evaluation is read more than once, and workers end with each reading.
+    copies = int(workers == 0 and not features and split is None)
+    reader = _Reader(source, _Identity().prepare if features else make_eval_transform(data_config), copies=copies)
+    maker = _EvalMaker(
         reader,
-        local_size=size // process_count,
+        blank=_make_blank(data_config, features),
+        size=size // process_count,
         process_index=process_index,
         process_count=process_count,
-        blank=np.zeros_like(features[0].image) if features else blank,
     )
-    batches = grain.MapDataset.range(math.ceil(len(source) / size)).map(load)
-    threads = _count_threads(source, workers=workers)
-    return EvalBatches(batches, workers=workers, threads=threads), len(source)
+    threads = _count_threads(source)
+    return EvalBatches(maker, math.ceil(len(source) / size), workers=workers, threads=threads), len(source)
 
 
 def _round_up(value: int, factor: int) -> int:
     return -(-value // factor) * factor
 
 
-def _prefetch(batches: grain.MapDataset, *, workers: int, threads: int) -> grain.IterDataset:
-    """Prefetch batches in order; one thread makes a whole batch."""
-    if workers and not flags.FLAGS.is_parsed():
-        # Grain's workers read absl flags, which are not parsed in a notebook or a test.
-        flags.FLAGS.mark_as_parsed()
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    prefetched = batches.to_iter_dataset(ahead)
-    if not workers:
-        return prefetched
-    return prefetched.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)).map(_copy)
-
-
-def _copy(batch: Batch) -> Batch:
-    """Copy a worker's batch out of shared memory, which leaks if a batch outlives the iterator."""
-    return {key: np.array(value) for key, value in batch.items()}
-
-
-def _count_threads(source: Source, *, workers: int) -> int:
-    """Return the number of threads of each process that reads."""
+def _count_threads(source: Source) -> int:
+    """Return the number of threads that make batches if no workers do."""
     # Pillow decodes without the interpreter's lock, so threads help with encoded images. With arrays they do not.
-    return 1 if workers or isinstance(source[0].image, np.ndarray) else min(8, os.cpu_count() or 1)
+    return 1 if isinstance(source[0].image, np.ndarray) else min(8, os.cpu_count() or 1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -24,8 +25,9 @@ from mobilenet_jax.exporting.runtime import RUNTIMES, load_package
 from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import check_choice
+from mobilenet_jax.models.spec_json import to_json
 from mobilenet_jax.paths import as_path
-from mobilenet_jax.weights.card import Preprocessing, read_preprocessing
+from mobilenet_jax.weights.card import Preprocessing, check_card, read_preprocessing
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.workdir.checkpoint import load_ranges
 from mobilenet_jax.workdir.files import write_atomic, write_json_atomic
@@ -119,6 +121,8 @@ def export_weights(
     for module, package in _PACKAGES[format]:
         load_package(module, what=f"format {format}", package=package)
     model, variables, card = weights if isinstance(weights, tuple) else load_weights(weights, name, offline=offline)
+    card = {**card, "spec": to_json(model.spec)}
+    check_card(card, source="these weights")
     given = read_preprocessing(card, source=f"the weights {card['name']}")
     if resolution is not None:
         given = replace(given, image_size=resolution)
@@ -238,13 +242,12 @@ def _compare(job: _Job, network: Quantized, data: bytes, images: Images) -> dict
     runtime = runtimes[1]
     got = np.concatenate([runtime(inputs[part]) for part in parts])
     figures = report.compare_logits(got, wanted)
-    limit = figures["max_difference"]
-    if job.quantize == "float16":
-        limit = report.compare_logits(got, _run_rounded(job, inputs, parts))["max_difference"]
-    if job.quantize != "int8" and not limit <= report.LIMIT:
+    rounded = report.compare_logits(got, _run_rounded(job, inputs, parts)) if job.quantize == "float16" else figures
+    limit = math.inf if job.quantize == "int8" else report.LIMIT
+    if not rounded["max_difference"] <= limit or not math.isfinite(figures["max_difference"]):
         raise ParityError(
-            f"the .{job.format} file differs from the network by {limit:.1e} of the largest logit, more than "
-            f"{report.LIMIT:g}; nothing was written"
+            f"the .{job.format} file differs from the network by {rounded['max_difference']:.1e} of the largest logit, "
+            f"more than {limit:g}; nothing was written"
         )
     latency = {}
     for threads, loaded in runtimes.items():

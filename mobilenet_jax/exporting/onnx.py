@@ -95,7 +95,7 @@ class _Writer:
     def _constant(self, name: str, data: Any) -> str:
         if name not in self.known:
             self.known.add(name)
-            self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(data), name))
+            self.initializers.append(numpy_helper.from_array(np.array(data, order="C"), name))
         return name
 
     def _read(self, name: str, *, rounded: bool) -> str:

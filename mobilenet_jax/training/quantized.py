@@ -21,9 +21,10 @@ from mobilenet_jax.exporting.folding import fold_weights
 from mobilenet_jax.exporting.graph import Graph, build_graph
 from mobilenet_jax.exporting.integer import list_ranges, make_encodings, quantize_layers, run_levels
 from mobilenet_jax.exporting.interpreter import run_graph
+from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.models.spec import Spec
 from mobilenet_jax.training.sharding import put_batch, shard_eval_step
-from mobilenet_jax.training.steps import TrainState, normalise_images
+from mobilenet_jax.training.steps import TrainState
 
 CALIBRATION_BATCHES = 8  # of the training stream, which give the ranges before the first step
 

@@ -217,7 +217,7 @@ from mobilenet_jax.data import loader
 
 def make(workers):
     config = base.get_config().data
-    config.update(batch_size=64, crop="pad", erasing=0.5, workers=workers)
+    config.update(batch_size=150, crop="pad", erasing=0.5, workers=workers)  # three pieces for two workers
     return loader.make_train_iterator(config, seed=3, process_index=0, process_count=1)
 
 def same(a, b):
@@ -248,7 +248,7 @@ if __name__ == "__main__":
     print("done")
 """
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "done\n"
@@ -438,19 +438,37 @@ def test_evaluation_sees_the_holdout_where_there_is_one(folder):
     assert sorted(held_out + trained) == list(range(50))
 
 
-def test_what_is_kept_in_memory_stays_within_the_limit(folder, monkeypatch):
-    decoded = []
+@pytest.fixture
+def decoded(monkeypatch) -> list[str]:
+    """The names of the images that the loader decodes."""
+    names = []
 
     def decode_image(data, *, name: str) -> np.ndarray:
-        decoded.append(name)
+        names.append(name)
         return decode.decode_image(data, name=name)
 
     monkeypatch.setattr(loader, "decode_image", decode_image)
+    return names
+
+
+def test_what_is_kept_in_memory_stays_within_the_limit(folder, decoded, monkeypatch):
     for limit, twice in ((50 * 48, False), (50 * 48 - 1, True)):  # 48 bytes per image
         monkeypatch.setattr(loader, "MEMORY_BYTES", limit)
         decoded.clear()
         batches, _ = loader.make_eval_batches(data_config(**folder), process_index=0, process_count=1)
         assert_equal(list(batches), list(batches))
+        assert len(decoded) == (100 if twice else 50)
+
+
+@pytest.mark.parametrize(("workers", "copies"), [(0, 1), (1, 1), (2, 2)])
+def test_each_worker_keeps_a_small_set_if_all_copies_fit(folder, decoded, monkeypatch, workers, copies):
+    config = data_config(workers=workers, batch_size=50, **folder)
+    for limit, twice in ((copies * 50 * 48, False), (copies * 50 * 48 - 1, True)):  # 48 bytes per image
+        monkeypatch.setattr(loader, "MEMORY_BYTES", limit)
+        decoded.clear()
+        maker = loader.make_train_iterator(config, seed=0, process_index=0, process_count=1)._maker
+        for epoch in (0, 1):  # as a worker does in its copy of the maker
+            maker.fill(epoch, range(50), maker.allocate(50))
         assert len(decoded) == (100 if twice else 50)
 
 

@@ -62,9 +62,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(workdir: Path, *, steps: int, processes: int, own: Sequence[dict] = ()) -> list[subprocess.Popen]:
+def start(
+    workdir: Path, *, steps: int, processes: int, own: Sequence[dict] = (), mode: str = "train"
+) -> list[subprocess.Popen]:
     """Start the command line on `processes` processes of 2 CPU devices each; `own` are overrides of each process."""
-    command = [sys.executable, "-c", MAIN, "--config", str(ROOT / "configs" / "v2.py")]
+    command = [sys.executable, "-c", MAIN, "--config", str(ROOT / "configs" / "v2.py"), "--mode", mode]
     command += ["--workdir", str(workdir), "--compilation_cache", str(workdir.parent / "cache")]
     if processes > 1:
         command += ["--coordinator_address", f"127.0.0.1:{free_port()}", "--num_processes", str(processes)]

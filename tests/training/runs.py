@@ -19,6 +19,7 @@ def make_config(**values) -> Any:
     settings = {
         "model__name": "mobilenet_v1",
         "model__width": 0.1,
+        "model__shallow": True,
         "model__stride_one": (0,),
         "data__image_size": 16,
         "data__batch_size": 32,

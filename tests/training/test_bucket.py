@@ -1,12 +1,8 @@
 """A workdir, a data folder and weights in a bucket of an emulator on this machine."""
 
-import importlib
-import importlib.util
 import io
 import json
 import signal
-import socket
-from http import HTTPStatus
 from typing import Any
 
 import fsspec
@@ -16,6 +12,7 @@ from etils import epath
 from PIL import Image
 from runs import make_config, send_at
 
+from benchmarks.emulators import emulate_gcs, list_missing
 from mobilenet_jax.data.sources import open_source
 from mobilenet_jax.paths import as_path
 from mobilenet_jax.training.run import RefusedError, evaluate_run, prepare, train_and_evaluate
@@ -25,7 +22,7 @@ from mobilenet_jax.workdir import lock
 from mobilenet_jax.workdir.metrics import read_metrics
 from mobilenet_jax.workdir.reading import list_steps
 
-NEEDED = ("gcsfs", "google.cloud.storage", "gcp_storage_emulator")
+MISSING = list_missing("gs")
 
 
 def make_short_config() -> Any:
@@ -33,73 +30,19 @@ def make_short_config() -> Any:
     return make_config(train__steps=6)
 
 
-def find_missing() -> list[str]:
-    def is_there(name: str) -> bool:
-        try:
-            return importlib.util.find_spec(name) is not None
-        except ModuleNotFoundError:
-            return False
-
-    return [name for name in NEEDED if not is_there(name)]
-
-
 pytestmark = [
     pytest.mark.usefixtures("one_device"),
-    pytest.mark.skipif(bool(find_missing()), reason=f"these packages are not installed: {', '.join(find_missing())}"),
+    pytest.mark.skipif(bool(MISSING), reason=f"these packages are not installed: {', '.join(MISSING)}"),
     # The emulator and the clients leave sockets to the garbage collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
 
 
-def teach_generations(patch: pytest.MonkeyPatch) -> None:
-    """Have the emulator state the generation of an object, and refuse a write that another generation was meant for."""
-    objects: Any = importlib.import_module("gcp_storage_emulator.handlers.objects")
-
-    def find_generation(storage, request) -> str:
-        name = request.params.get("object_id") or request.query.get("name", [""])[0] or request.data["meta"]["name"]
-        try:
-            return storage.get_file_obj(request.params["bucket_name"], name)["generation"]
-        except objects.NotFound:
-            return "0"
-
-    def download(request, response, storage):
-        response["x-goog-generation"] = find_generation(storage, request)
-        return originals["download"](request, response, storage)
-
-    def upload(kind: str):
-        def handle(request, response, storage):
-            wanted = request.query.get("ifGenerationMatch")
-            if wanted and wanted[0] != find_generation(storage, request):
-                response.status = HTTPStatus.PRECONDITION_FAILED
-                return None
-            return originals[kind](request, response, storage)
-
-        return handle
-
-    originals = {name: getattr(objects, name) for name in ("download", "_media_upload", "_multipart_upload")}
-    patch.setattr(objects, "download", download)
-    for kind in ("_media_upload", "_multipart_upload"):
-        patch.setattr(objects, kind, upload(kind))
-
-
 @pytest.fixture(scope="module")
 def bucket():
-    """The URL of an empty bucket. TensorStore and the clients read the address of the emulator once."""
-    server: Any = importlib.import_module("gcp_storage_emulator.server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        teach_generations(patch)
-        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
-            patch.setenv(name, f"http://127.0.0.1:{port}")
-        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # of TensorStore
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks Google for the kind of the bucket
-        emulator = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
-        emulator.start()
-        yield "gs://bucket"
-        emulator.stop()
+    with emulate_gcs() as url:
+        yield url
 
 
 def test_a_run_in_a_bucket_is_stopped_continued_evaluated_and_loaded(bucket, tmp_path, monkeypatch):

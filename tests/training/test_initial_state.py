@@ -49,7 +49,7 @@ def test_init_takes_a_file_of_another_framework_if_its_sums_are_the_models(tmp_p
     card = {"name": "", "model": "mobilenet_v2", "width": 0.25, "convention": "torchvision"}
     card |= {"preprocessing": asdict(HALF), "class_names": None, "source": {}, "metrics": {}, "notes": []}
     save_weights(path, model, variables, card, format="torchvision")
-    here = {"model__name": "mobilenet_v2", "model__width": 0.25, "init": str(path)}
+    here = {"model__name": "mobilenet_v2", "model__width": 0.25, "model__shallow": None, "init": str(path)}
     with pytest.raises(
         ValueError, match=r"padding symmetric and bn_epsilon 1e-05, .*set model.convention to torchvision"
     ):
@@ -122,7 +122,7 @@ def make_card_file(path: Path) -> Path:
     return path
 
 
-FROM_CARD: dict = {key.replace(".", "__"): None for key in CARD_KEYS}
+FROM_CARD: dict = {"model__shallow": None} | {key.replace(".", "__"): None for key in CARD_KEYS}
 
 
 def test_trap_24_network_and_preprocessing_are_those_of_the_weights_unless_set(tmp_path, caplog):

@@ -21,10 +21,10 @@ from mobilenet_jax.exporting.graph import build_graph
 from mobilenet_jax.exporting.integer import list_ranges
 from mobilenet_jax.exporting.runtime import TFLiteRuntime
 from mobilenet_jax.models import zoo
+from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.models.network import MobileNet, create_model
 from mobilenet_jax.training.quantized import CALIBRATION_BATCHES, QuantizedNetwork
 from mobilenet_jax.training.run import RefusedError, evaluate_run, train_and_evaluate
-from mobilenet_jax.training.steps import normalise_images
 from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.save import save_weights
 from mobilenet_jax.workdir.checkpoint import read_checkpoint

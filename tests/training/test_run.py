@@ -143,27 +143,28 @@ def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
 # Stopping and continuing.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_trap_27_a_stopped_run_continues_to_the_same_bits(finished, tmp_path, monkeypatch, number):
+def test_trap_27_a_stopped_run_continues_to_the_same_bits(finished, tmp_path, monkeypatch):
     """Stopped between two lines of the log, two evaluations and two saves: the sums of the line go on."""
-    before = signal.getsignal(number)  # a shell in the background has SIGINT ignored
+    before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        send_at(patch, 5, number)
+        send_at(patch, 5, signal.SIGTERM)
         stopped = train_and_evaluate(make_config(), tmp_path)
-    assert stopped == {"stopped": number.name, "step": 5}
+    assert stopped == {"stopped": "SIGTERM", "step": 5}
     assert read_checkpoint(tmp_path)[0]["step"] == 5
     assert not (tmp_path / "result.json").exists()
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(signal.SIGTERM) is before
     result = train_and_evaluate(make_config(), tmp_path)
     assert result == read_result(finished)
     assert_same_run(finished, tmp_path)
 
 
-def test_trap_29_resumed_steps_do_not_repeat_the_first_ones_randomness(finished, tmp_path, monkeypatch):
+def test_trap_29_resumed_steps_do_not_repeat_the_first_ones_randomness(tmp_path, monkeypatch):
     """Dropout and shuffle of steps 5 to 12 are those of the uninterrupted run, not of steps 1 to 8."""
+    before = signal.getsignal(signal.SIGINT)  # a shell in the background has SIGINT ignored
     with monkeypatch.context() as patch:
-        send_at(patch, 4, signal.SIGTERM)
-        train_and_evaluate(make_config(), tmp_path)
+        send_at(patch, 4, signal.SIGINT)
+        assert train_and_evaluate(make_config(), tmp_path) == {"stopped": "SIGINT", "step": 4}
+    assert signal.getsignal(signal.SIGINT) is before
     with prepare(make_config(), tmp_path) as run:
         batch = next(run.images.iterator)
     config = make_config()
@@ -194,12 +195,12 @@ def test_a_finished_run_made_longer_does_not_give_its_old_result(finished, tmp_p
 
 
 def test_kills_at_random_moments_leave_no_trace(tmp_path, monkeypatch):
-    """A short `python benchmarks/kill_resume.py`."""
+    """A short `python benchmarks/kill_resume.py`: this seed draws a kill of each kind."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv(
         "JAX_COMPILATION_CACHE_DIR", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     )
-    assert kill_resume.compare(tmp_path, kills=4, steps=40, seed=2) == 0
+    assert kill_resume.compare(tmp_path, kills=2, steps=20, seed=13, flags=[]) == 0
 
 
 # Steps that go wrong.
@@ -235,7 +236,6 @@ def spoil_params(state, sums):
     ("bad_step", "change", "what"),
     [
         (6, spoil("loss"), "loss is nan at step 6"),
-        (6, spoil("grad_norm"), "grad_norm is nan at step 6"),
         # The step of a save: it must wait for its own loss, and look at what it saves.
         (8, spoil("grad_norm"), "grad_norm is nan at step 8"),
         (8, spoil_params, r"params\..* is not finite at step 8"),

@@ -296,3 +296,15 @@ def test_a_run_of_two_processes_can_be_fine_tuned_on_one(two_processes, tmp_path
     assert len(losses) == 5
     # It starts from the trained weights, and not afresh.
     assert abs(losses[0] - read_metrics(two_processes["whole"])[0]["train/loss"]) > 1e-4
+
+
+def test_a_run_of_two_processes_is_evaluated_on_one(two_processes):
+    last = without_times(two_processes["whole"])[-1]
+    (running,) = start(two_processes["whole"], steps=last["step"], processes=1, mode="eval")
+    found, said = running.communicate(timeout=300)
+    assert running.returncode == 0, said
+    evaluation = json.loads(found)
+    assert evaluation.keys() == {"step"} | {name for name in last if name.startswith(("eval/", "eval_ema/"))}
+    for name, value in evaluation.items():
+        # Losses are sums in another order on two devices than on four.
+        assert value == (pytest.approx(last[name], rel=1e-6) if name.endswith(("loss", "ece")) else last[name]), name

@@ -1,18 +1,14 @@
 """Checkpoints in S3, in an emulator on this machine."""
 
-import importlib
-import importlib.util
-import logging
-from typing import Any
-
 import numpy as np
 import pytest
 from etils import epath
 
+from benchmarks.emulators import emulate_s3, list_missing
 from mobilenet_jax.workdir.checkpoint import Checkpoints, read_checkpoint
 from mobilenet_jax.workdir.reading import list_steps
 
-MISSING = [name for name in ("s3fs", "moto", "flask") if importlib.util.find_spec(name) is None]
+MISSING = list_missing("s3")
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"these packages are not installed: {', '.join(MISSING)}"),
     # The emulator and the client leave sockets to the garbage collector.
@@ -37,19 +33,8 @@ class Iterator:
 
 @pytest.fixture(scope="module")
 def bucket():
-    server: Any = importlib.import_module("moto.server")
-    s3fs: Any = importlib.import_module("s3fs")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    emulator = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    emulator.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{emulator.get_host_and_port()[1]}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "none")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem().mkdir("bucket")
-        yield "s3://bucket"
-    emulator.stop()
+    with emulate_s3() as url:
+        yield url
 
 
 def make_state(step: int) -> dict[str, np.ndarray]:
