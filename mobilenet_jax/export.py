@@ -84,6 +84,7 @@ def run(flags: argparse.Namespace) -> int:
             per_tensor=flags.per_tensor,
             float_ends=flags.float_ends,
             name=flags.name,
+            select=flags.select,
             offline=flags.offline,
         )
     except ParityError as error:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,8 +27,9 @@ from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import check_choice
 from mobilenet_jax.models.spec_json import to_json
-from mobilenet_jax.paths import as_path
+from mobilenet_jax.paths import as_path, is_bucket
 from mobilenet_jax.weights.card import Preprocessing, check_card, read_preprocessing
+from mobilenet_jax.weights.folder import find_weights
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.workdir.checkpoint import load_ranges
 from mobilenet_jax.workdir.files import write_atomic, write_json_atomic
@@ -81,6 +83,7 @@ def export_weights(
     per_tensor: bool = False,
     float_ends: bool = False,
     name: str | None = None,
+    select: str | None = None,
     offline: bool = False,
 ) -> dict:
     """Write weights as a file for another runtime, with its contract and a report; return the report.
@@ -102,8 +105,7 @@ def export_weights(
         ranges and needs none.
       per_tensor: int8: one scale for all filters of a layer.
       float_ends: int8: a .tflite file takes and returns float32.
-      name: the model in the weights, see `load_weights`.
-      offline: see `load_weights`.
+      name, select, offline: see `load_weights`.
 
     Raises:
       ParityError: the file's answers are farther from the network's than `report.LIMIT`.
@@ -125,6 +127,7 @@ def export_weights(
             calibration=calibration,
             per_tensor=per_tensor,
             name=name,
+            select=select,
             offline=offline,
         )
     ranges = _load_ranges(weights) if quantize == "int8" else {}
@@ -134,7 +137,11 @@ def export_weights(
     size = _read_batch(batch, format)
     for module, package in _PACKAGES[format]:
         load_package(module, what=f"format {format}", package=package)
-    model, variables, card = weights if isinstance(weights, tuple) else load_weights(weights, name, offline=offline)
+    model, variables, card = (
+        weights if isinstance(weights, tuple) else load_weights(weights, name, select=select, offline=offline)
+    )
+    if model.spec.in_channels != 3:
+        raise ValueError(f"the weights {card['name']} take {model.spec.in_channels} channels; images have 3")
     card = {**card, "spec": to_json(model.spec)}
     check_card(card, source="these weights")
     given = read_preprocessing(card, source=f"the weights {card['name']}")
@@ -153,9 +160,10 @@ def export_weights(
 
 def _load_ranges(weights: str | os.PathLike | tuple) -> dict[str, np.ndarray]:
     """Return the ranges of a run that trained in int8; {} for anything else."""
-    if isinstance(weights, tuple) or not as_path(weights).is_dir():
+    if isinstance(weights, tuple) or not (path := as_path(weights)).is_dir():
         return {}
-    return load_ranges(weights)
+    # A folder of transformers or timm is no run.
+    return {} if not is_bucket(path) and find_weights(Path(path)) else load_ranges(weights)
 
 
 def _check_flags(format: str, quantize: str, *, calibrated: bool, per_tensor: bool, float_ends: bool) -> None:  # noqa: A002

@@ -17,7 +17,7 @@ from mobilenet_jax.exporting.integer import make_quantized
 from mobilenet_jax.exporting.interpreter import multiply_kernel, run_graph
 from mobilenet_jax.exporting.quantized import Quantized
 
-_ROUNDS = 20  # of equalisation over all pairs; each round halves what is left
+_ROUNDS = 20  # of equalisation over all pairs, because each pair changes its neighbours
 _LIMIT = 100.0  # by which equalisation may scale a channel, so that a filter of nearly 0 does not explode
 
 
@@ -81,9 +81,7 @@ def find_pairs(graph: Graph) -> list[tuple[Layer, Layer]]:
     pairs = []
     for first in graph.layers():
         match readers.get(first.name):
-            case [Conv(groups=1) as second]:
-                pairs.append((first, second))
-            case [Conv(depthwise=True) as second]:
+            case [Conv() as second] if second.groups == 1 or second.depthwise:
                 pairs.append((first, second))
     return pairs
 

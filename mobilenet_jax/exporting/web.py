@@ -25,6 +25,7 @@ def export_page(
     calibration: str | None = None,
     per_tensor: bool = False,
     name: str | None = None,
+    select: str | None = None,
     offline: bool = False,
 ) -> dict:
     """Write the folder of a page that runs weights in a browser; return its report.
@@ -37,7 +38,7 @@ def export_page(
     Args:
       weights: a file, a workdir or a name, or (model, variables, card) of `load_weights`.
       out: a folder; default: exports/NAME_web.
-      resolution, quantize, calibration, per_tensor, name, offline: see `export_weights`.
+      resolution, quantize, calibration, per_tensor, name, select, offline: see `export_weights`.
 
     Raises:
       ParityError, ValueError, OSError: see `export_weights` and `litertjs.read_litertjs`.
@@ -45,7 +46,7 @@ def export_page(
     runtime = litertjs.read_litertjs(offline=offline)
     kinds = ["none"] if quantize == "none" else ["none", quantize]
     # A run that trained in int8 has its ranges in its workdir, so the quantized export reads the workdir itself.
-    loaded = weights if isinstance(weights, tuple) else load_weights(weights, name, offline=offline)
+    loaded = weights if isinstance(weights, tuple) else load_weights(weights, name, select=select, offline=offline)
     if not loaded[0].spec.num_classes:
         raise ValueError(f"the weights {loaded[2]['name']} have no classifier, and the page shows classes")
     files = {f"litertjs/{place}": data for place, data in runtime.items()} | _read_page()
@@ -63,6 +64,7 @@ def export_page(
                 per_tensor=per_tensor and kind == "int8",
                 float_ends=kind == "int8",  # LiteRT.js takes and returns no int8
                 name=name,
+                select=select,
                 offline=offline,
             )
             written = Path(report["file"])

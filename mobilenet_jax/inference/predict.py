@@ -56,8 +56,8 @@ def predict(
             raise ValueError(f"{key} is {value}; valid: 1 or more")
     if not spec.num_classes:
         raise ValueError(f"the weights {card['name']} have no classifier, and so no classes")
-    if model.spec.in_channels != 3:
-        raise ValueError(f"the weights {card['name']} take {model.spec.in_channels} channels; images have 3")
+    if spec.in_channels != 3:
+        raise ValueError(f"the weights {card['name']} take {spec.in_channels} channels; images have 3")
     given = read_preprocessing(card, source=f"the weights {card['name']}")
     compute_cost(spec, given.image_size)  # raises if the image is too small
     files, top = list_images(images), min(top, spec.num_classes)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.export_table import draw_variables
+from benchmarks.strangers import write_forms
 from mobilenet_jax import export_weights
 from mobilenet_jax.exporting import contract, export, runtime, tflite_metadata
 from mobilenet_jax.exporting.contract import read_exported
@@ -175,3 +176,18 @@ def test_without_the_extra_the_command_to_install_it_is_named(weights, monkeypat
 def test_a_contract_is_found_by_its_key_alone():
     with pytest.raises(ValueError, match="not found"):
         contract.seal(b"no contract")
+
+
+def test_weights_of_another_framework_have_no_ranges_of_a_run(tmp_path):
+    write_forms(tmp_path)
+    with pytest.raises(ValueError, match="calibration"):
+        export_weights(tmp_path / "hub", format="tflite", quantize="int8", out=tmp_path / "out")
+    with pytest.raises(WeightsError, match="state_dict"):
+        export_weights(tmp_path / "checkpoint.pth.tar", format="tflite", select="nothing", out=tmp_path / "out")
+
+
+def test_weights_for_other_channels_are_not_exported(weights, tmp_path):
+    model, variables, card = weights
+    grey = MobileNet(replace(model.spec, in_channels=1))
+    with pytest.raises(ValueError, match="take 1 channels; images have 3"):
+        export_weights((grey, variables, card), format="tflite", out=tmp_path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.mutate import FILES, read_weights, mutate, try_file
+from benchmarks.mutate import FILES, mutate, read_weights, try_file
 from benchmarks.parity import LIMIT, compare_case
 from benchmarks.strangers import write_forms
 from mobilenet_jax.models.init import init_variables, variable_shapes
