@@ -1,11 +1,11 @@
 """Load damaged weights and images: each must load or be refused in one sentence, without using much time or memory.
 
-    python benchmarks/mutate.py --count=1000
+    python -m benchmarks.mutate --count=1000
 
-COUNT files of weights and COUNT images, of all formats, are damaged at random from a seed: they are truncated, or have
-flipped bits, zeroed or repeated ranges, swapped types, or huge numbers in their headers. Each row of the table counts
-the results for one file. The exit code is 1 if a file was neither loaded nor refused or took more than 10 seconds, or
-if memory grew by more than a gigabyte.
+COUNT files of weights and COUNT images, of all formats and forms, are damaged at random from a seed: they are
+truncated, or have flipped bits, zeroed or repeated ranges, swapped types, or huge numbers in their headers. Each row of
+the table counts the results for one file. The exit code is 1 if a file was neither loaded nor refused, if it took more
+than 10 seconds of CPU time or 2 minutes on the clock, or if memory grew by more than a gigabyte.
 """
 
 import argparse
@@ -16,14 +16,18 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mobilenet_jax import load_weights, save_weights
+from benchmarks.strangers import write_forms
+from mobilenet_jax import export_weights, load_weights, save_weights
 from mobilenet_jax.data.decode import UnreadableImageError, decode_image
+from mobilenet_jax.exporting.contract import is_exported, read_exported
+from mobilenet_jax.exporting.runtime import open_classifier
 from mobilenet_jax.weights import WeightsError
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
@@ -51,7 +55,7 @@ IMAGES: dict[str, dict] = {
     "plain.bmp": {"mode": "RGB"},
     "other.tiff": {"mode": "RGB"},
 }
-_SECONDS = 10
+_CPU_SECONDS, _SECONDS = 10, 120
 _BYTES = 1 << 30
 # Names of types in the formats. Both of a pair have the same length, so that the bytes after them do not move.
 _TYPES = (
@@ -121,14 +125,24 @@ def read_image(path: Path) -> None:
     decode_image(path, name=str(path))
 
 
+def read_weights(path: Path) -> None:
+    """Read weights, the folder of a network that a JSON file describes, or an exported file, as `predict` does."""
+    if is_exported(path):
+        open_classifier(read_exported(path))
+    else:
+        load_weights(path.parent if (path.parent / "config.json").exists() else path)
+
+
 def try_file(path: Path, load: Callable[[Path], object] = load_weights) -> str:
     """Return "loaded" or "refused"; raise TimeoutError, and any exception that is not a refusal in one sentence."""
 
     def stop(*_):
-        raise TimeoutError(f"more than {_SECONDS} s")
+        raise TimeoutError(f"more than {_CPU_SECONDS} s of CPU time, or {_SECONDS} s")
 
     signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGPROF, stop)
     signal.alarm(_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS)
     try:
         load(path)
     except (WeightsError, UnreadableImageError) as error:
@@ -137,6 +151,7 @@ def try_file(path: Path, load: Callable[[Path], object] = load_weights) -> str:
         raise
     finally:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return "loaded"
 
 
@@ -147,28 +162,39 @@ def main() -> int:
         "--count", type=int, default=1000, help="number of weights, and of images; default: %(default)s"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60, help="of all; default: %(default)s")
     parser.add_argument("--fixtures", type=Path, default=FIXTURES, help="default: %(default)s")
     flags = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         ours = Path(folder) / "ours.safetensors"
-        save_weights(ours, *load_weights(flags.fixtures / FILES[0]))
-        sources = [*(flags.fixtures / file for file in FILES), ours]
+        weights = load_weights(flags.fixtures / FILES[0])
+        save_weights(ours, *weights)
+        exports = [Path(export_weights(weights, format=kind, out=folder)["file"]) for kind in ("tflite", "onnx")]
+        sources = [*(flags.fixtures / file for file in FILES), ours, *exports]
+        forms = write_forms(Path(folder))
         images = [Path(folder) / name for name in IMAGES]
         for image in images:
             write_image(image)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for source in [*sources, *images]:
+        ended = time.monotonic() + flags.minutes * 60
+        for source in [*sources, *forms, *images]:
             data, counts = source.read_bytes(), collections.Counter()
-            load, kin = (read_image, images) if source in images else (load_weights, sources)
+            load, kin = (read_image, images) if source in images else (read_weights, [*sources, *forms])
             for i in range(-(-flags.count // len(kin))):
-                path = Path(folder) / f"mutated{source.suffix}"
+                if time.monotonic() > ended:
+                    print(f"{source.name}: {flags.minutes:g} minutes are over after {i} of them")
+                    break
+                # A file in a folder is damaged in its place, because others beside it belong to it.
+                path = source if source.parent.name == "hub" else Path(folder) / f"mutated{source.suffix}"
                 path.write_bytes(mutate(data, random.Random(f"{flags.seed} {source.name} {i}")))
                 try:
                     counts[try_file(path, load)] += 1
                 except BaseException as error:  # the fault that this program looks for
                     counts["failed"] += 1
                     print(f"{source.name} {i}: {type(error).__name__}: {error}", file=sys.stderr)
+            if source in forms:
+                source.write_bytes(data)
             failed += counts["failed"]
             print(
                 f"{source.name:<24}"

@@ -23,10 +23,10 @@ from mobilenet_jax.cli.config import load_config
 from mobilenet_jax.cli.exit_codes import get_exit_code
 from mobilenet_jax.data.loader import make_eval_batches
 from mobilenet_jax.data.sources import describe
+from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.plots import COLORS, draw_confusion, make_figure, save, style_axes
 from mobilenet_jax.training.config import follow_card
 from mobilenet_jax.training.run import train_and_evaluate
-from mobilenet_jax.training.steps import normalise_images
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.workdir.metrics import read_metrics
 

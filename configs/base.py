@@ -17,6 +17,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.parallel = "jit"  # batch-norm statistics over: jit: the global batch | pmap: the batch of each device
     config.init = ""  # initial weights: a file, the workdir of a run, or a name to download; empty: random
     config.init_name = ""  # the model in that file, such as timm/tf_mobilenetv3_large_100, if its tensors fit several
+    config.init_select = ""  # the network in a checkpoint that has several, such as state_dict; empty: averaged weights
+    config.init_classifier = "keep"  # keep | drop: the last layers start afresh, whatever the file has there
 
     # If one of name, width, convention, data.image_size, crop_share, interpolation, squash, mean and std is none, its
     # value is taken from the card of the weights in `init`; transfer.py uses this.
@@ -95,6 +97,9 @@ def get_config() -> ml_collections.ConfigDict:
     # running statistics; 0: keep the running statistics. May be a fraction.
     train.recompute_stats_epochs = 0.0
     train.cache_features = False  # compute the features of each image once, and train the classifier on them
+    train.quantize = placeholder(str)  # int8: train the network as int8 kernels run it, from `init`; none: in float
+    train.range_decay = 0.99  # int8: share of the range of each tensor that a step keeps
+    train.freeze_ranges_epochs = 1.0  # int8: epochs at the end in which the ranges stay as they are
     train.log_every_steps = 10  # steps
     train.diagnose_every_steps = 0  # steps between counts of dead depthwise filters in the metrics; 0: never
     train.eval_every_epochs = 1.0  # epochs; 0: only at the end

@@ -4,16 +4,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mobilenet_jax.exporting.export import export_weights
     from mobilenet_jax.models.init import init_variables
     from mobilenet_jax.models.network import create_model
     from mobilenet_jax.weights.load import load_weights
     from mobilenet_jax.weights.save import save_weights
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
-__all__ = ["__version__", "create_model", "init_variables", "load_weights", "save_weights"]
+__all__ = ["__version__", "create_model", "export_weights", "init_variables", "load_weights", "save_weights"]
 
 _MODULES = {
     "create_model": "mobilenet_jax.models.network",
+    "export_weights": "mobilenet_jax.exporting.export",
     "init_variables": "mobilenet_jax.models.init",
     "load_weights": "mobilenet_jax.weights.load",
     "save_weights": "mobilenet_jax.weights.save",

@@ -14,6 +14,7 @@ COMMANDS = {
     "ablate": ("ablate", "run a study: compare variants of a network", True),
     "predict": ("predict", "name what is on images", True),
     "diagnose": ("diagnose", "show where a network loses information", True),
+    "export": ("export", "write a network for phones, browsers and other runtimes", True),
     "convert": ("convert", "convert weights of any format", False),
     "summary": ("summary", "print the costs of a network", False),
 }

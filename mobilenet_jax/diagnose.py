@@ -61,6 +61,7 @@ def run(flags: argparse.Namespace, overrides: list[str]) -> int:
             flags.weights,
             flags.name,
             offline=flags.offline,
+            select=flags.select,
             data=flags.data or (),
             config=flags.config,
             overrides=overrides,

@@ -49,7 +49,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="START:STOP",
         help="trace these training steps into WORKDIR/profile, for TensorBoard and Perfetto",
     )
-    add_weights_flags(parser, "--weights", use="with --mode=eval, evaluate these instead of the run in the workdir: ")
+    use = "with --mode=eval, evaluate these instead of the run in the workdir: an exported .tflite or .onnx file, or "
+    add_weights_flags(parser, "--weights", use=use)
     parser.add_argument(
         "--deterministic",
         action="store_true",
@@ -94,6 +95,7 @@ def evaluate_weights(flags: argparse.Namespace, config, workdir: str, overrides:
     import jax
 
     from mobilenet_jax.data.decode import UnreadableImageError
+    from mobilenet_jax.exporting.contract import is_exported, read_exported
     from mobilenet_jax.paths import as_path
     from mobilenet_jax.training import evaluate
     from mobilenet_jax.weights.load import load_weights
@@ -101,8 +103,13 @@ def evaluate_weights(flags: argparse.Namespace, config, workdir: str, overrides:
 
     try:
         path = as_path(workdir) / "evaluation.json"
-        weights = load_weights(flags.weights, flags.name, offline=flags.offline)
-        apply_preprocessing(config, weights[2], overrides)
+        if is_exported(flags.weights):
+            weights = read_exported(flags.weights)
+            card = weights.card
+        else:
+            weights = load_weights(flags.weights, flags.name, offline=flags.offline, select=flags.select)
+            card = weights[2]
+        apply_preprocessing(config, card, overrides)
         result = evaluate.evaluate_weights(weights, config.data)
         if is_first := jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)

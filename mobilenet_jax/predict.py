@@ -1,6 +1,7 @@
 """Name what is on images: python -m mobilenet_jax.predict --weights=FILE_OR_WORKDIR IMAGES_OR_FOLDER...
 
-In Python: for prediction in predict(load_weights(FILE_OR_WORKDIR), [IMAGES_OR_FOLDER, ...])
+In Python: for prediction in predict(load_weights(FILE_OR_WORKDIR), [IMAGES_OR_FOLDER, ...]), and of an exported .tflite
+or .onnx file with `exporting.contract.read_exported` in the place of `load_weights`.
 """
 
 import argparse
@@ -24,7 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m mobilenet_jax.predict", description="Print the most probable classes of images."
     )
     parser.add_argument("images", nargs="+", help="image files, and folders of images at any depth")
-    add_weights_flags(parser, "--weights", required=True)
+    add_weights_flags(parser, "--weights", use="an exported .tflite or .onnx file, or ", required=True)
     parser.add_argument("--top", type=int, default=5, help="number of classes for an image; default: %(default)s")
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--json", action="store_true", help="print a JSON array, one image on each line")
@@ -36,13 +37,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> int:
     """Predict and print; return the exit code."""
-    from mobilenet_jax.inference.images import list_images
+    from mobilenet_jax.data.image_files import list_images
+    from mobilenet_jax.exporting.contract import is_exported, read_exported
     from mobilenet_jax.weights.load import load_weights
 
     configure_memory(flags.compilation_cache)
     try:
         files = list_images(flags.images)
-        weights = load_weights(flags.weights, flags.name, offline=flags.offline)
+        if is_exported(flags.weights):
+            weights = read_exported(flags.weights)
+        else:
+            weights = load_weights(flags.weights, flags.name, offline=flags.offline, select=flags.select)
         predictions = predict(weights, files, top=flags.top, batch_size=flags.batch_size)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error

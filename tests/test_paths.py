@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from configs.ablations import shallow_vs_narrow
-from mobilenet_jax.inference.images import list_images
+from mobilenet_jax.data.image_files import list_images
 from mobilenet_jax.paths import as_path, check_reachable, is_bucket
 from mobilenet_jax.studies.study import Study, find_workdir
 

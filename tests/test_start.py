@@ -19,6 +19,7 @@ COMMANDS = [
     ("mobilenet_jax.ablate", "--dry_run", {"numpy", "PIL", "matplotlib"}),
     ("mobilenet_jax.convert", "--format {safetensors,torchvision,timm}", {"numpy", "PIL", "matplotlib"}),
     ("mobilenet_jax.diagnose", "--weights", {"numpy", "PIL", "matplotlib"}),
+    ("mobilenet_jax.export", "--float_ends", {"numpy", "PIL", "matplotlib"}),
     ("mobilenet_jax.predict", "--batch_size", {"numpy", "PIL", "matplotlib"}),
     ("mobilenet_jax.summary", "--diff A B", {"numpy", "PIL", "matplotlib"}),
     ("mobilenet_jax", "--version", {"numpy", "PIL", "matplotlib"}),

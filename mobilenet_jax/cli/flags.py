@@ -22,7 +22,7 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weights_flags(parser: argparse.ArgumentParser, argument: str, *, use: str = "", **options) -> None:
-    """Add an argument for weights, and --name and --offline: what `load_weights` takes.
+    """Add an argument for weights, and --name, --select and --offline: what `load_weights` takes.
 
     Args:
       parser: the parser of the command.
@@ -32,11 +32,14 @@ def add_weights_flags(parser: argparse.ArgumentParser, argument: str, *, use: st
     """
     parser.add_argument(
         argument,
-        help=f"{use}a .pth, .safetensors, .h5 or .keras file, the workdir of a run, or a name: "
-        "torchvision/mobilenet_v2, keras/MobileNetV2, hf:timm/mobilenetv2_100.ra_in1k",
+        help=f"{use}a file or folder of PyTorch, Keras, transformers or TensorFlow-Slim, the workdir of a run, or a "
+        "name: torchvision/mobilenet_v2, keras/MobileNetV2, hf:google/mobilenet_v2_1.0_224",
         **options,
     )
     parser.add_argument(
         "--name", help="the model in the weights, as timm/tf_mobilenetv3_large_100, if several have the same tensors"
+    )
+    parser.add_argument(
+        "--select", help="which network of a checkpoint with several, as state_dict; default: averaged weights (EMA)"
     )
     parser.add_argument("--offline", action="store_true", help="use what was downloaded before, without a network")

@@ -157,12 +157,34 @@ static void pack(const uint8_t *restrict pixels, size_t size, uint8_t *restrict 
   memcpy(out + 3 * (size - 1), pixels + 4 * (size - 1), 3);
 }
 
+/* Returns whether nothing but restarts interrupts the only scan before the end of the image. Below a crop, other markers
+are not parsed; Pillow, which parses them, may refuse the file. */
+static int is_unbroken(struct jpeg_decompress_struct *decoder) {
+  const uint8_t *place = decoder->src->next_input_byte, *end = place + decoder->src->bytes_in_buffer;
+  while ((place = memchr(place, 0xff, end - place)) && ++place < end) {
+    if (*place == 0xd9) return 1;
+    if (*place != 0x00 && *place != 0xff && (*place < 0xd0 || *place > 0xd7)) return 0;
+  }
+  return 0;
+}
+
+/* Returns whether a progressive image has all bits of its coefficients. If not, libjpeg smooths what is there, and
+smooths a crop in another way than the whole image. */
+static int is_complete(struct jpeg_decompress_struct *decoder) {
+  if (!decoder->progressive_mode || !decoder->coef_bits) return 1;
+  for (int i = 0; i < decoder->num_components; i++)
+    for (int k = 0; k < DCTSIZE2; k++)
+      if (decoder->coef_bits[i][k] != 0) return 0;
+  return 1;
+}
+
 /* The two jobs. They return whether they succeeded; the caller frees their memory. */
 static int run_measure(Job *job) {
   set_error_handlers(job);
   if (setjmp(job->escape)) return 0;
   read_header(job);
   J_COLOR_SPACE space = job->decoder.jpeg_color_space;
+  if (!jpeg_has_multiple_scans(&job->decoder) && !is_unbroken(&job->decoder)) return 0;
   return (space == JCS_GRAYSCALE || space == JCS_YCbCr || space == JCS_RGB) && job->errors.num_warnings == 0;
 }
 
@@ -175,7 +197,8 @@ static int run_read_crop(Job *job) {
   if (job->left < 0 || job->top < 0 || job->width < 1 || job->height < 1) return 0;
   if (job->width > right || job->height > below) return 0;
   decoder->out_color_space = JCS_EXT_RGBX;
-  jpeg_start_decompress(decoder);
+  jpeg_start_decompress(decoder); /* parses all scans if there are several */
+  if (!is_complete(decoder)) return 0;
   JDIMENSION first = job->left < MARGIN ? 0 : job->left - MARGIN, last = job->left + job->width + MARGIN;
   JDIMENSION count = (last < decoder->output_width ? last : decoder->output_width) - first;
   jpeg_crop_scanline(decoder, &first, &count); /* moves `first` to the left, to the start of a block */

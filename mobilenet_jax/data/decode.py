@@ -4,7 +4,9 @@ import contextlib
 import io
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -18,6 +20,10 @@ except ImportError:  # built only with a C compiler and libjpeg-turbo; the loade
 # is reached first.
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**29  # of a file; twice the size of MAX_PIXELS uncompressed with transparency
+# Files are read in parts. A photograph takes up to 10,000 reads; Pillow takes 10 microseconds for each, and a crafted
+# file has millions of chunks.
+MAX_READS = 200_000
+MAX_SCANNED = 2**30  # pixels of a JPEG times its scans: 16 scans of the largest image; a progressive JPEG has 10
 _STRIP = 2**22  # pixels converted at a time, so that memory holds no second copy of a large image
 _LARGE = 2**24  # larger images (in pixels) are decoded one at a time, whatever the number of threads
 _large_images = threading.Lock()
@@ -45,13 +51,16 @@ def decode_image(data: bytes | Path, *, name: str) -> np.ndarray:
 
     Raises:
       UnreadableImageError: the file is missing, not a regular file, damaged, truncated, of another format, larger than
-        MAX_BYTES, or has more than MAX_PIXELS pixels (which the header says before a pixel is decoded).
+        MAX_BYTES, of more parts than MAX_READS, or has more than MAX_PIXELS pixels or MAX_SCANNED pixels in all scans
+        (which are known before a pixel is decoded).
     """
     try:
         _check_file(data)
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
+        with _open(data) as file, Image.open(file, formats=FORMATS) as image:  # pyright: ignore[reportArgumentType]
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            if image.format == "JPEG":
+                _check_scans(file.count(_SCAN), image.width * image.height)
             with _large_images if image.width * image.height > _LARGE else contextlib.nullcontext():
                 return _to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -72,6 +81,49 @@ def _check_file(data: bytes | Path) -> None:
         size = len(data)
     if size > MAX_BYTES:
         raise ValueError(f"it has {size:,} bytes; valid: at most {MAX_BYTES:,}")
+
+
+_SCAN = b"\xff\xda"  # begins a scan; in the data of a scan, 0xff is followed by 0
+
+
+class _File:
+    """A file as Pillow reads it, that refuses to be read in more parts than an image has."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._reads = file, 0
+
+    def read(self, size: int = -1) -> bytes:
+        self._reads += 1
+        if self._reads > MAX_READS:
+            raise ValueError(f"it has more than {MAX_READS:,} parts")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def count(self, pair: bytes) -> int:
+        """Return how often two bytes occur, and leave the place as it was."""
+        place, found, last = self._file.tell(), 0, b""
+        self._file.seek(0)
+        while block := self._file.read(2**20):
+            found += (last + block).count(pair)
+            last = block[-1:]
+        self._file.seek(place)
+        return found
+
+
+@contextlib.contextmanager
+def _open(data: bytes | Path) -> Iterator[_File]:
+    with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
+        yield _File(file)
+
+
+def _check_scans(scans: int, pixels: int) -> None:
+    if scans * pixels > MAX_SCANNED:
+        raise ValueError(f"it has {scans} scans of {pixels:,} pixels; valid: at most {MAX_SCANNED:,} in all")
 
 
 class CroppableJpeg:
@@ -115,7 +167,8 @@ def can_crop() -> bool:
 def open_croppable(data: bytes | Path, *, name: str) -> CroppableJpeg | None:
     """Read the header of an image that can be decoded in part; None if only `decode_image` can decode it.
 
-    Only upright grey and colour JPEGs with a proper end can be decoded in part, and only if the extension was built.
+    Only upright grey and colour JPEGs with a proper end and without interruptions can be decoded in part, and only if
+    the extension was built.
     """
     if _jpeg is None:
         return None
@@ -134,12 +187,16 @@ def open_croppable(data: bytes | Path, *, name: str) -> CroppableJpeg | None:
     height, width, tagged = header
     if height * width > MAX_PIXELS or (tagged and not _is_upright(data)):
         return None
+    try:
+        _check_scans(data.count(_SCAN), height * width)
+    except ValueError:  # decode_image will raise it
+        return None
     return CroppableJpeg(data, name=name, shape=(height, width, 3))
 
 
 def _is_upright(data: bytes) -> bool:
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        with _open(data) as file, Image.open(file, formats=("JPEG",)) as image:  # pyright: ignore[reportArgumentType]
             return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     except Exception:  # as in decode_image, which will raise the error
         return False

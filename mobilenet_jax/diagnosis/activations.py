@@ -18,10 +18,9 @@ from jax import lax
 from mobilenet_jax.diagnosis.measures import Moments, compare_logits, measure_rank
 from mobilenet_jax.models.activations import ACTIVATIONS
 from mobilenet_jax.models.folded import list_layers
-from mobilenet_jax.models.layers import ConvNorm, Dense
+from mobilenet_jax.models.layers import ConvNorm, Dense, normalise_images
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.ops import ConvOp, DenseOp
-from mobilenet_jax.training.steps import normalise_images
 
 # (floor, ceiling): the outputs that an activation gives to a whole range of inputs. These are 0 for ReLU, 0 and 6 for
 # ReLU6, and 0 for h-swish (inputs up to -3). A unit there passes on no information and no gradient. GELU has neither.

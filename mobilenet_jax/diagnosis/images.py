@@ -8,9 +8,9 @@ import numpy as np
 
 from mobilenet_jax.cli.config import apply_preprocessing, load_config
 from mobilenet_jax.data.decode import UnreadableImageError
+from mobilenet_jax.data.image_files import list_images, read_batches
 from mobilenet_jax.data.loader import Batch, make_eval_batches
 from mobilenet_jax.data.transforms import EvalTransform
-from mobilenet_jax.inference.images import list_images, read_batches
 from mobilenet_jax.training.validate import check_data
 from mobilenet_jax.weights.card import read_preprocessing
 

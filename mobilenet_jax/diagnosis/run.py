@@ -22,6 +22,7 @@ def diagnose(
     name: str | None = None,
     *,
     offline: bool = False,
+    select: str | None = None,
     data: Sequence[str] = (),
     config: str | None = None,
     overrides: Sequence[str] = (),
@@ -34,6 +35,7 @@ def diagnose(
       source: a file of weights, the workdir of a run, or the name of published weights.
       name: the model in the weights, if they do not say it themselves.
       offline: use earlier downloads only.
+      select: which network of a checkpoint with several.
       data: image files and folders; measured are these images.
       config: a config file; measured is its evaluation set. With neither the report is on the weights alone.
       overrides: of the config, as --config.KEY=VALUE.
@@ -44,7 +46,7 @@ def diagnose(
       UnreadableImageError: an image cannot be read.
       ValueError, OSError: an argument that cannot be used.
     """
-    weights = load_weights(source, name, offline=offline)
+    weights = load_weights(source, name, offline=offline, select=select)
     model, variables, card = weights
     images = None
     if config:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from mobilenet_jax.data.transforms import EvalTransform
+    from mobilenet_jax.exporting.contract import Exported
     from mobilenet_jax.models.network import MobileNet
 
 
@@ -26,7 +27,7 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    weights: tuple["MobileNet", dict, dict],
+    weights: "tuple[MobileNet, dict, dict] | Exported",
     images: Iterable[str | Path],
     *,
     top: int = 5,
@@ -35,7 +36,7 @@ def predict(
     """Yield the most probable classes of each image, in order, with the preprocessing of the weights' card.
 
     Args:
-      weights: (model, variables, card) of `load_weights`.
+      weights: (model, variables, card) of `load_weights`, or a file of `read_exported`, which its own runtime computes.
       images: files and folders; of a folder, the images that `list_images` finds.
       top: the number of answers for an image, at most the number of classes.
       batch_size: the number of images computed at once. The last batch is padded, so one program is compiled.
@@ -43,23 +44,56 @@ def predict(
     Raises:
       ValueError: an impossible value, a folder without images, or weights without classes; before any image is read.
     """
+    from mobilenet_jax.data.image_files import list_images
     from mobilenet_jax.data.transforms import EvalTransform
-    from mobilenet_jax.inference.images import list_images
+    from mobilenet_jax.exporting.contract import Exported
     from mobilenet_jax.models.cost import compute_cost
     from mobilenet_jax.weights.card import read_preprocessing
 
-    model, _, card = weights
+    card, spec = (weights.card, weights.spec) if isinstance(weights, Exported) else (weights[2], weights[0].spec)
     for key, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{key} is {value}; valid: 1 or more")
-    if not model.spec.num_classes:
+    if not spec.num_classes:
         raise ValueError(f"the weights {card['name']} have no classifier, and so no classes")
+    if spec.in_channels != 3:
+        raise ValueError(f"the weights {card['name']} take {spec.in_channels} channels; images have 3")
     given = read_preprocessing(card, source=f"the weights {card['name']}")
-    compute_cost(model.spec, given.image_size)  # raises if the image is too small
-    files = list_images(images)
+    compute_cost(spec, given.image_size)  # raises if the image is too small
+    files, top = list_images(images), min(top, spec.num_classes)
     transform = EvalTransform(given.image_size, given.crop_share, given.interpolation, given.squash)
-    classify = compile_classifier(model, given.mean, given.std, top=min(top, model.spec.num_classes))
-    return _predict(classify, weights, files, transform=transform, batch_size=min(batch_size, len(files)))
+    if isinstance(weights, Exported):
+        classify = _open_file(weights, given.mean, given.std, top=top)
+    else:
+        classify = _place_variables(compile_classifier(weights[0], given.mean, given.std, top=top), weights[1])
+    batch_size = min(batch_size, len(files))
+    return _predict(classify, card["class_names"], files, transform=transform, batch_size=batch_size)
+
+
+def _open_file(exported: "Exported", mean: tuple[float, ...], std: tuple[float, ...], *, top: int) -> Callable:
+    """Return the function images uint8 [B, S, S, 3] -> (probabilities [B, top], classes [B, top]) of a file."""
+    import numpy as np
+
+    from mobilenet_jax.exporting.runtime import open_classifier
+
+    run = open_classifier(exported)
+
+    def classify(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logits = run(images, mean, std)
+        shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        classes = np.argsort(-logits, axis=-1, kind="stable")[:, :top]
+        return np.take_along_axis(shares / shares.sum(axis=-1, keepdims=True), classes, axis=-1), classes
+
+    return classify
+
+
+def _place_variables(program: Callable, variables: dict) -> Callable:
+    """Return the function of images that calls (variables, images) with the variables on the device."""
+    import functools
+
+    import jax
+
+    return functools.partial(program, jax.device_put(variables))
 
 
 def compile_classifier(model: "MobileNet", mean: tuple[float, ...], std: tuple[float, ...], *, top: int) -> Callable:
@@ -69,7 +103,7 @@ def compile_classifier(model: "MobileNet", mean: tuple[float, ...], std: tuple[f
     """
     import jax
 
-    from mobilenet_jax.training.steps import normalise_images
+    from mobilenet_jax.models.layers import normalise_images
 
     model = model.clone(precision="highest")
 
@@ -83,22 +117,24 @@ def compile_classifier(model: "MobileNet", mean: tuple[float, ...], std: tuple[f
 
 
 def _predict(
-    classify: Callable, weights: tuple, files: list[Path], *, transform: "EvalTransform", batch_size: int
+    classify: Callable,
+    class_names: list[str] | None,
+    files: list[Path],
+    *,
+    transform: "EvalTransform",
+    batch_size: int,
 ) -> Iterator[Prediction]:
-    import jax
+    from mobilenet_jax.data.image_files import read_batches
 
-    from mobilenet_jax.inference.images import read_batches
-
-    _, variables, card = weights
-    variables, computed = jax.device_put(variables), None
+    computed = None
     # A batch is read while the device computes the one before.
     for paths, errors, images in read_batches(files, transform, batch_size=batch_size):
-        following = paths, errors, classify(variables, images)
+        following = paths, errors, classify(images)
         if computed:
-            yield from _name(*computed, card["class_names"])
+            yield from _name(*computed, class_names)
         computed = following
     if computed:
-        yield from _name(*computed, card["class_names"])
+        yield from _name(*computed, class_names)
 
 
 def _name(paths: list[Path], errors: list[str | None], scores, class_names: list[str] | None) -> Iterator[Prediction]:

@@ -37,6 +37,11 @@ class Layer:
         return f"params/{self.path}/{'kernel' if isinstance(self.op, DenseOp) else 'conv/kernel'}"
 
 
+def norm_factor(scale: Any, variance: Any, epsilon: float) -> Any:
+    """Return the factors [C] by which batch norm with these running variances multiplies a map."""
+    return scale * (variance + epsilon) ** -0.5
+
+
 def list_layers(spec: Spec, variables: dict) -> Iterator[Layer]:
     """Yield the layers with a kernel, from the stem to the classifier.
 
@@ -50,6 +55,6 @@ def list_layers(spec: Spec, variables: dict) -> Iterator[Layer]:
         factor = np.ones(op.filters, np.float32)
         if isinstance(op, ConvOp) and op.norm:
             scale, variance = leaves[f"params/{path}/norm/scale"], leaves[f"batch_stats/{path}/norm/var"]
-            factor = scale * (variance + spec.bn_epsilon) ** -0.5
+            factor = norm_factor(scale, variance, spec.bn_epsilon)
         layer = Layer(path, op, None, scale, variance, factor)
         yield replace(layer, kernel=leaves[layer.kernel_path])

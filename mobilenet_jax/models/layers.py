@@ -195,7 +195,7 @@ class SqueezeExcite(nn.Module):
         return x * gates[:, None, None, :]
 
 
-def _average_pairs(x: jax.Array) -> jax.Array:
+def average_pairs(x: jax.Array) -> jax.Array:
     """Average 2x2 pixels: [B, H, W, C] to [B, H // 2, W // 2, C]."""
     return nn.avg_pool(x, (2, 2), (2, 2))
 
@@ -207,7 +207,13 @@ def _blur(x: jax.Array) -> jax.Array:
     return cpu.plain_conv(x, kernel, stride=2, pads=((1, 1), (1, 1)), groups=x.shape[-1])
 
 
-ANTIALIASES: dict[str, Callable[[jax.Array], jax.Array]] = {"avg": _average_pairs, "blur": _blur}
+ANTIALIASES: dict[str, Callable[[jax.Array], jax.Array]] = {"avg": average_pairs, "blur": _blur}
+
+
+def normalise_images(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """Return (images - mean) / std in float32, for images uint8 [B, H, W, C]; mean and std are in grey levels."""
+    mean_array, std_array = (jnp.array(grey_levels)[None, None, None, :] for grey_levels in (mean, std))
+    return (images.astype(jnp.float32) - mean_array) / std_array
 
 
 def spatial_mean(x: jax.Array) -> jax.Array:

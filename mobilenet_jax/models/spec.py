@@ -167,7 +167,7 @@ class FusedInvertedResidual(Residual):
 
     def __post_init__(self):
         _check_row(self)
-        if self.group_size and self.expanded % self.group_size:
+        if self.group_size < 0 or (self.group_size and self.expanded % self.group_size):
             raise ValueError(f"group_size is {self.group_size}; valid: a divisor of the {self.expanded} channels")
 
     def ops(self, in_channels: int) -> tuple[Op, ...]:
@@ -303,6 +303,8 @@ def _check_row(row: Row, *kernels: int, least: int = 1) -> None:
         check_choice("activation", row.activation, ACTIVATIONS)
     if isinstance(row, FusedInvertedResidual | UniversalInverted):
         check_choice("antialias", row.antialias, ANTIALIASES)
+    if isinstance(row, InvertedResidual | FusedInvertedResidual | UniversalInverted) and row.expanded < 1:
+        raise ValueError(f"impossible row {row}: expanded >= 1 is valid")
     odd = all(k % 2 == 1 or k == least == 0 for k in kernels or (row.kernel,))
     if row.filters < 1 or not odd or row.kernel < least or row.stride not in (1, 2) or row.dilation < 1:
         raise ValueError(f"impossible row {row}: filters >= 1, odd kernel, stride 1 or 2, dilation >= 1 are valid")
@@ -346,6 +348,8 @@ class Spec:
             raise ValueError(f"bn_epsilon is {self.bn_epsilon}; valid: above 0")
         if self.num_classes < 0:
             raise ValueError(f"num_classes is {self.num_classes}; valid: 0 (no classifier) or more")
+        if self.in_channels < 1 or self.hidden < 0:
+            raise ValueError(f"in_channels is {self.in_channels}, hidden {self.hidden}; valid: from 1, and from 0")
 
     def rows(self) -> Iterator[tuple[str, Row, int]]:
         """Yield (name, row, input channels) from the stem to the head; the names are the modules' paths."""

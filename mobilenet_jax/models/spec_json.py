@@ -5,6 +5,8 @@ from typing import get_args, get_origin, get_type_hints
 
 from mobilenet_jax.models.spec import Conv, Row, Spec, check_choice
 
+_ROWS_LIMIT = 1_000  # the largest network has 53
+
 
 def to_json(spec: Spec) -> dict:
     """Return the spec as plain data."""
@@ -19,6 +21,8 @@ def from_json(data: dict) -> Spec:
     rows: dict[str, Row] = {}
     if not isinstance(data.get("rows"), list):
         raise ValueError("it has no list of rows")
+    if len(data["rows"]) > _ROWS_LIMIT:
+        raise ValueError(f"it has {len(data['rows']):,} rows; valid: at most {_ROWS_LIMIT:,}")
     for i, row in enumerate(data["rows"]):
         if not isinstance(row, dict) or not isinstance(row.get("name"), str):
             raise ValueError(f"row {i} has no name")

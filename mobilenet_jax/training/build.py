@@ -61,7 +61,15 @@ def build(config, workdir: str | os.PathLike) -> Setup:
     start = time.perf_counter()
     folder = as_path(workdir)
     check_reachable(folder)
-    load_init = functools.cache(functools.partial(load_weights, config.init, config.init_name or None))
+    load_init = functools.cache(
+        functools.partial(
+            load_weights,
+            config.init,
+            config.init_name or None,
+            select=config.init_select or None,
+            classifier=config.init_classifier,
+        )
+    )
     config = follow_card(config, lambda: load_init()[2])
     mesh = make_mesh()
     check_config(config, device_count=mesh.size, process_count=jax.process_count())

@@ -1,20 +1,22 @@
 """Exact evaluation: every image counted once, whatever the batch size, the devices or the hosts."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mobilenet_jax.data.loader import make_eval_batches
+from mobilenet_jax.data.loader import Batch, make_eval_batches
 from mobilenet_jax.data.sources import eval_split, open_source
+from mobilenet_jax.exporting.contract import Exported
+from mobilenet_jax.exporting.runtime import open_classifier
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.training.classes import match_classes, reorder_classes
 from mobilenet_jax.training.sharding import make_mesh, put_batch, replicate, shard_eval_step
-from mobilenet_jax.training.steps import TrainState, eval_step
+from mobilenet_jax.training.steps import TrainState, count_answers, eval_step
 from mobilenet_jax.training.task import Task, get_process
 from mobilenet_jax.training.validate import check_data
 
@@ -83,7 +85,7 @@ def make_evaluator(task: Task, mesh: Mesh) -> Callable[[TrainState], StateEvalua
     step = shard_eval_step(functools.partial(eval_step, model=task.network, mean=task.mean, std=task.std), mesh)
 
     def evaluate_state(state: TrainState) -> StateEvaluation:
-        kinds = {"eval": {"params": state.params, "batch_stats": state.batch_stats}}
+        kinds = {"eval": state.variables}
         if state.ema is not None:
             kinds["eval_ema"] = state.ema
         found = evaluate_all(step, kinds, task.eval_batches, count=task.eval_count, mesh=mesh)
@@ -93,30 +95,51 @@ def make_evaluator(task: Task, mesh: Mesh) -> Callable[[TrainState], StateEvalua
     return evaluate_state
 
 
-def evaluate_weights(weights: tuple[MobileNet, dict, dict], data_config) -> dict:
+def evaluate_weights(weights: tuple[MobileNet, dict, dict] | Exported, data_config) -> dict:
     """Return {"weights", "data", metrics of `Evaluation`, "class_accuracy": {name: share or None}}, as JSON.
 
     Args:
-      weights: (model, variables, card) of `load_weights`.
+      weights: (model, variables, card) of `load_weights`, or a file of `read_exported`, which its own runtime computes.
       data_config: config.data of configs/base.py. Its evaluation split is read, and prepared by its keys. The share of
         a class without an image is None.
 
     Raises:
-      ValueError: the data has other classes than the weights, the images are too small, or the config is impossible.
+      ValueError: the data has other classes than the weights, the images are too small, the config is impossible, or
+        an exported file takes images of another size.
       UnreadableImageError: an image that cannot be decoded.
     """
-    model, variables, card = weights
+    card, spec = (weights.card, weights.spec) if isinstance(weights, Exported) else (weights[2], weights[0].spec)
     mesh = make_mesh()
     check_data(data_config)
     source = open_source(data_config, eval_split(data_config))
-    order = match_classes(card["class_names"], model.spec.num_classes, source.class_names, data=source.name)
-    compute_cost(model.spec, data_config.image_size)  # raises ValueError if the image is too small
-    # At the highest precision, float32 weights have the same metrics on every platform.
-    exact = model.clone(precision="highest")
-    step = functools.partial(eval_step, model=exact, mean=data_config.mean, std=data_config.std)
+    order = match_classes(card["class_names"], spec.num_classes, source.class_names, data=source.name)
+    compute_cost(spec, data_config.image_size)  # raises ValueError if the image is too small
     batches, count = make_eval_batches(data_config, **get_process(), device_count=mesh.size, source=source)
-    placed = replicate(reorder_classes(variables, order), mesh)
-    metrics, classes, _ = evaluate(shard_eval_step(step, mesh), placed, batches, count=count, mesh=mesh)
+    if isinstance(weights, Exported):
+        answered, variables = _answer(weights, batches, data_config), {}
+        step = functools.partial(_count_exported, order=tuple(order))
+    else:
+        # At the highest precision, float32 weights have the same metrics on every platform.
+        answered, exact = batches, weights[0].clone(precision="highest")
+        variables = replicate(reorder_classes(weights[1], order), mesh)
+        step = functools.partial(eval_step, model=exact, mean=data_config.mean, std=data_config.std)
+    metrics, classes, _ = evaluate(shard_eval_step(step, mesh), variables, answered, count=count, mesh=mesh)
     shares = [right / images if images else None for images, right in classes.T.tolist()]
     named = {"weights": {"name": card["name"], **card["source"]}, "data": source.name}
     return {**named, **metrics, "class_accuracy": dict(zip(source.class_names, shares, strict=True))}
+
+
+def _answer(exported: Exported, batches: Iterable[Batch], data_config) -> Iterator[Batch]:
+    """Yield the batches with the logits of an exported file in the place of the images."""
+    size = exported.card["preprocessing"]["image_size"]
+    if data_config.image_size != size:
+        raise ValueError(f"image_size is {data_config.image_size}; the exported file takes images of {size} px alone")
+    classify = open_classifier(exported)
+    for batch in batches:
+        logits = classify(batch["images"], data_config.mean, data_config.std)
+        yield {"logits": logits, "labels": batch["labels"], "mask": batch["mask"]}
+
+
+def _count_exported(variables: dict, batch: dict[str, jax.Array], *, order: tuple[int, ...]) -> dict[str, jax.Array]:
+    del variables
+    return count_answers(batch["logits"][:, np.array(order)], batch["labels"], batch["mask"])

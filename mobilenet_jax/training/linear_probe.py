@@ -10,11 +10,10 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mobilenet_jax.data.sources import Record
-from mobilenet_jax.models.layers import Dense
+from mobilenet_jax.models.layers import Dense, normalise_images
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import Spec
 from mobilenet_jax.training.sharding import put_batch, shard_eval_step
-from mobilenet_jax.training.steps import normalise_images
 
 
 class Features:

@@ -14,6 +14,7 @@ from mobilenet_jax.training.dead_filters import count_dead_filters
 from mobilenet_jax.training.evaluate import StateEvaluation, make_evaluator
 from mobilenet_jax.training.log import Log
 from mobilenet_jax.training.profile import Profiler
+from mobilenet_jax.training.quantized import QuantizedNetwork
 from mobilenet_jax.training.sharding import AXIS, make_key, put_batch, replicate, shard_train_step, sum_rows
 from mobilenet_jax.training.signals import StopSignals
 from mobilenet_jax.training.start import Start
@@ -53,9 +54,9 @@ def train(
     log.restart_line()
     for step in range(start.step + 1, plan.total_steps + 1):
         batch, skipped = next_batch(setup, task, log)
-        if step_fn is None or step == plan.freeze_steps + 1:
+        if step_fn is None or plan.begins_phase(step):
             with log.paused():
-                step_fn, parts = compile_step(setup, task, state, batch, key, frozen=step <= plan.freeze_steps)
+                step_fn, parts = compile_step(setup, task, state, batch, key, step=step)
             report_start(setup, step, seconds, log.restart_line(), parts)
             seconds = {}
         with profiler.step(step, state):
@@ -88,16 +89,18 @@ def next_batch(setup: Setup, task: Task, log: Log) -> tuple[dict[str, jax.Array]
 
 
 def compile_step(
-    setup: Setup, task: Task, state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, frozen: bool
+    setup: Setup, task: Task, state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, step: int
 ) -> tuple[Callable, dict[str, float]]:
-    """Return the compiled training step of a task, and the seconds of tracing and compiling.
+    """Return the compiled training step of a task from `step` on, and the seconds of tracing and compiling.
 
-    The step is a function (state, batch, key) -> (state, sums); the variables of a teacher are bound to it.
+    The result is a function (state, batch, key) -> (state, sums); the variables of a teacher are bound to it.
     """
-    start = time.perf_counter()
+    start, network = time.perf_counter(), task.network
+    if isinstance(network, QuantizedNetwork):
+        network = network.clone(freeze_ranges=step > setup.plan.range_steps)
     teacher = () if setup.teacher is None else (replicate(setup.teacher.variables, setup.mesh),)
-    step = make_train_step(setup, task.network, mean=task.mean, std=task.std, frozen=frozen)
-    lowered = step.lower(state, batch, key, *teacher)
+    jitted = make_train_step(setup, network, mean=task.mean, std=task.std, frozen=step <= setup.plan.freeze_steps)
+    lowered = jitted.lower(state, batch, key, *teacher)
     traced = time.perf_counter()
     compiled = lowered.compile()
     seconds = {"trace": traced - start, "compile": time.perf_counter() - traced}

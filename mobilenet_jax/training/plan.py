@@ -17,6 +17,11 @@ class Plan:
     log_every: int
     freeze_steps: int  # steps before the parameters of optim.freeze are trained too
     stats_batches: int  # batches over which batch-norm statistics are measured at the end
+    range_steps: int  # steps in which the ranges of int8 move
+
+    def begins_phase(self, step: int) -> bool:
+        """Return whether `step` is the first that trains other things than the step before it."""
+        return step in (self.freeze_steps + 1, self.range_steps + 1)
 
     def is_due(self, step: int, every: int) -> bool:
         """Return whether something that happens every `every` steps, and at the end, happens after `step`."""
@@ -42,6 +47,7 @@ def make_plan(config, train_count: int) -> Plan:
         log_every=train.log_every_steps,
         freeze_steps=total if config.optim.freeze_epochs is None else round(config.optim.freeze_epochs * per_epoch),
         stats_batches=math.ceil(train.recompute_stats_epochs * per_epoch),
+        range_steps=total if train.quantize is None else max(0, total - round(train.freeze_ranges_epochs * per_epoch)),
     )
 
 
@@ -56,7 +62,7 @@ def warn_of_short_run(config, plan: Plan, train_count: int) -> None:
             config.data.batch_size,
             train_count,
         )
-    if not config.train.freeze_stats and not plan.stats_batches:
+    if config.train.quantize is None and not config.train.freeze_stats and not plan.stats_batches:
         warn_of_slow_statistics(config.model.bn_decay, plan.total_steps)
     decay, steps = config.ema.decay, plan.total_steps
     ramp = (1 + steps) / (10 + steps)  # of `ema.update_ema`

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.training.sharding import put_batch, shard_eval_step
-from mobilenet_jax.training.steps import normalise_images
 
 
 def make_stats_step(model: MobileNet, mesh: Mesh, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:

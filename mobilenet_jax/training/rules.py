@@ -18,6 +18,7 @@ from mobilenet_jax.training.distill import PREPARATIONS
 from mobilenet_jax.training.losses import DIVERGENCES
 from mobilenet_jax.training.optim import OPTIMIZERS, SCHEDULES
 from mobilenet_jax.training.sharding import PARALLEL
+from mobilenet_jax.weights import CLASSIFIERS
 
 
 class Rule(NamedTuple):
@@ -93,6 +94,8 @@ RULES: dict[str, Rule] = {
     "parallel": _one_of(PARALLEL),
     "init": _TEXT,
     "init_name": _TEXT,
+    "init_select": _TEXT,
+    "init_classifier": _one_of(CLASSIFIERS),
     "model.name": _one_of(MODELS),
     "model.width": _above(0, high=16),
     "model.convention": _one_of(CONVENTIONS),
@@ -166,6 +169,9 @@ RULES: dict[str, Rule] = {
     "train.freeze_stats": _SWITCH,
     "train.recompute_stats_epochs": _at_least(0, " (off)", high=_EPOCHS, unit="epochs"),
     "train.cache_features": _SWITCH,
+    "train.quantize": _one_of(("int8",)),
+    "train.range_decay": _SHARE,
+    "train.freeze_ranges_epochs": _at_least(0, " (never)", high=_EPOCHS, unit="epochs"),
     "train.log_every_steps": _at_least(1, high=_STEPS, unit="steps"),
     "train.diagnose_every_steps": _at_least(0, " (never)", high=_STEPS, unit="steps"),
     "train.eval_every_epochs": _OR_NEVER,

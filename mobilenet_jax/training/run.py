@@ -5,6 +5,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from mobilenet_jax.training.progress import Progress
 from mobilenet_jax.training.result import read_result, write_result
 from mobilenet_jax.training.signals import StopSignals
 from mobilenet_jax.training.start import Start, make_start
-from mobilenet_jax.training.task import Task, open_features, open_images
+from mobilenet_jax.training.task import Task, calibrate_ranges, open_features, open_images
 from mobilenet_jax.workdir.checkpoint import Checkpoints, read_state
 from mobilenet_jax.workdir.environment import environment
 from mobilenet_jax.workdir.files import write_atomic, write_json_atomic
@@ -115,6 +116,7 @@ def train_and_evaluate(
 def _train(run: Prepared, *, profile: tuple[int, int] | None, seconds: dict[str, float]) -> dict:
     """Train a prepared run; return its result, or the signal that stopped it."""
     setup, checkpoints, task, start = run
+    start = with_first_ranges(setup, task, start)
     progress = make_progress(setup, start.step)
     writer = MetricsWriter(setup.workdir, start_step=start.step, active=jax.process_index() == 0)
     if setup.config.train.cache_features:
@@ -137,6 +139,13 @@ def _train(run: Prepared, *, profile: tuple[int, int] | None, seconds: dict[str,
         return {"stopped": signals.received or "a signal to another process", "step": int(end.state.step)}
     evaluation = end.evaluation or make_evaluator(task, setup.mesh)(end.state)
     return write_result(setup, end.state, evaluation, log)
+
+
+def with_first_ranges(setup: Setup, task: Task, start: Start) -> Start:
+    """Return the start of a run; before the first step of an int8 network, with measured ranges."""
+    if setup.config.train.quantize is None or start.step:
+        return start
+    return replace(start, state=calibrate_ranges(setup, task, start.state))
 
 
 def make_progress(setup: Setup, start_step: int) -> Progress:
@@ -186,13 +195,15 @@ def evaluate_run(config, workdir: str | os.PathLike) -> dict:
     """
     config = config.copy_and_resolve_references()
     config.train.distill.weights = ""
-    try:
-        setup = build(config, workdir)
-        images = open_images(setup)
-        with contextlib.closing(images.iterator):
+    with contextlib.ExitStack() as stack:
+        try:
+            setup = build(config, workdir)
+            images = open_images(setup)
+            stack.callback(images.iterator.close)
             start = make_start(setup, functools.partial(read_state, setup.workdir, config=setup.flat_config))
-    except (ValueError, OSError) as error:
-        raise RefusedError(str(error)) from error
-    if start.step == 0 and not setup.config.init:
-        raise FileNotFoundError(f"{workdir} has no checkpoint to evaluate; train first, or set config.init")
+        except (ValueError, OSError) as error:
+            raise RefusedError(str(error)) from error
+        if start.step == 0 and not setup.config.init:
+            raise FileNotFoundError(f"{workdir} has no checkpoint to evaluate; train first, or set config.init")
+        start = with_first_ranges(setup, images, start)
     return {"step": start.step, **make_evaluator(images, setup.mesh)(start.state).metrics}

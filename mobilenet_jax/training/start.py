@@ -11,6 +11,7 @@ import jax
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.training.build import Setup
 from mobilenet_jax.training.config import warn_of_other_preprocessing
+from mobilenet_jax.training.quantized import init_ranges
 from mobilenet_jax.training.sharding import replicate
 from mobilenet_jax.training.steps import TrainState, create_state
 from mobilenet_jax.workdir.checkpoint import merge_variables
@@ -36,12 +37,14 @@ def make_start(setup: Setup, restore: Callable[[Any], tuple[TrainState, dict] | 
       ValueError, OSError: a checkpoint or weights that do not fit the config, in one sentence.
     """
     began = time.perf_counter()
-    variables = init_variables(setup.model, seed=setup.config.seed)
-    create = functools.partial(create_state, optimizer=setup.optimizer, ema=setup.config.ema.decay > 0)
-    restored = restore(jax.eval_shape(create, variables))
-    if restored is None and setup.config.init:
+    config = setup.config
+    variables = init_variables(setup.model, seed=config.seed)
+    create = functools.partial(create_state, optimizer=setup.optimizer, ema=config.ema.decay > 0)
+    ranges = {} if config.train.quantize is None else {"ranges": init_ranges(setup.model.spec, config.data.image_size)}
+    restored = restore(jax.eval_shape(create, {**variables, **ranges}))
+    if restored is None and config.init:
         variables = fill_from_weights(setup, variables)
-    state, meta = restored or (jax.jit(create)(variables), {"train": {}, "skipped": 0})
+    state, meta = restored or (jax.jit(create)({**variables, **ranges}), {"train": {}, "skipped": 0})
     return Start(
         state=replicate(state, setup.mesh),
         step=int(state.step),
@@ -65,4 +68,5 @@ def fill_from_weights(setup: Setup, variables: dict) -> dict:
             f"{ours.padding} and {ours.bn_epsilon}; set model.convention to {card['convention']}"
         )
     warn_of_other_preprocessing(config, card)
-    return merge_variables(variables, loaded, source=config.init)
+    afresh = ("head", "hidden") if config.init_classifier == "drop" else ()
+    return merge_variables(variables, loaded, source=config.init, afresh=afresh)

@@ -1,7 +1,7 @@
 """One training step and one evaluation step: pure functions of data that know no config and are not jitted here."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
@@ -11,6 +11,7 @@ import optax
 from flax import linen as nn
 from jax import lax
 
+from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.training.distill import Distillation, ask_teacher, learn_from
 from mobilenet_jax.training.ema import update_ema
 from mobilenet_jax.training.losses import mix_batch, softmax_cross_entropy
@@ -31,7 +32,14 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: Any
-    ema: Any  # {"params", "batch_stats"}, or None without averaging
+    ema: Any  # the averages of `variables`, or None without averaging
+    ranges: Any = None  # of the tensors of an int8 network by name, float32 [2]; None in float
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The collections that the network is applied to."""
+        measured = {"batch_stats": self.batch_stats, **({} if self.ranges is None else {"ranges": self.ranges})}
+        return {"params": self.params, **measured}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +62,15 @@ class StepOptions:
 def create_state(variables: dict, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
     """Return the state before the first step. Each leaf is a buffer of its own, because the step donates the state."""
     copy = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731
-    params, stats = copy(variables["params"]), copy(variables["batch_stats"])
-    average = copy({"params": params, "batch_stats": stats}) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), average)
-
-
-def normalise_images(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """Return (images - mean) / std in float32, for images uint8 [B, H, W, C]; mean and std are in grey levels."""
-    mean_array, std_array = (jnp.array(grey_levels)[None, None, None, :] for grey_levels in (mean, std))
-    return (images.astype(jnp.float32) - mean_array) / std_array
+    own = copy(variables)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=own["params"],
+        batch_stats=own["batch_stats"],
+        opt_state=optimizer.init(own["params"]),
+        ema=copy(variables) if ema else None,
+        ranges=own.get("ranges"),
+    )
 
 
 def train_step(
@@ -83,52 +91,56 @@ def train_step(
     for which the two networks give the same class.
     """
     key = jax.random.fold_in(key, state.step)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    variables = state.variables
     if options.axis:
         key = jax.random.fold_in(key, lax.axis_index(options.axis))
         # JAX would sum the gradients of replicated parameters over the devices. Those of varying parameters stay
         # apart, so that the mean below is the only reduction.
         variables, teacher = _to_varying((variables, teacher), options.axis)
-    grads, batch_stats, sums = _gradients(variables, batch, key, teacher, model=model, options=options)
+    grads, measured, sums = _gradients(variables, batch, key, teacher, model=model, options=options)
     if options.axis:
         grads = lax.pmean(grads, options.axis)
         # A mean of equal values may be off by a rounding. The mean of their changes is exactly 0 for frozen statistics.
-        changes = jax.tree.map(jnp.subtract, batch_stats, variables["batch_stats"])
-        batch_stats = jax.tree.map(jnp.add, state.batch_stats, lax.pmean(changes, options.axis))
+        before, own = ({name: tree[name] for name in measured} for tree in (state.variables, variables))
+        changes = jax.tree.map(jnp.subtract, measured, own)
+        measured = jax.tree.map(jnp.add, before, lax.pmean(changes, options.axis))
         sums = lax.psum(sums, options.axis)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-        new = {"params": params, "batch_stats": batch_stats}
-        ema = update_ema(ema, new, step=state.step, decay=options.ema_decay)
+        ema = update_ema(ema, {"params": params, **measured}, step=state.step, decay=options.ema_decay)
     sums["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
-    return TrainState(state.step + 1, params, batch_stats, opt_state, ema), sums
+    return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema, **measured), sums
 
 
 def _gradients(variables: dict, batch: Batch, key: jax.Array, teacher: Any, *, model, options: StepOptions):
-    """Return (gradients of the mean loss, new statistics, metric sums), over micro-batches one after the other."""
+    """Return (gradients of the mean loss, what the network measured, metric sums) over micro-batches, one by one.
+
+    The network measures every collection but the parameters: batch-norm statistics, and the ranges of int8.
+    """
     if options.accumulate == 1:
         return _micro_gradients(variables, batch, key, teacher, model=model, options=options)
     n = options.accumulate
 
-    def run(stats, part):
+    def run(measured, part):
         index, micro = part
-        grads, stats, sums = _micro_gradients(
-            {**variables, "batch_stats": stats},
+        grads, measured, sums = _micro_gradients(
+            {**variables, **measured},
             micro,
             jax.random.fold_in(key, index),
             teacher,
             model=model,
             options=options,
         )
-        return stats, (grads, sums)
+        return measured, (grads, sums)
 
     # Micro-batch i takes every n-th image, so that each device has a part of each micro-batch.
     parts = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
-    stats, (grads, sums) = lax.scan(run, variables["batch_stats"], (jnp.arange(n), parts))
+    before = {name: tree for name, tree in variables.items() if name != "params"}
+    measured, (grads, sums) = lax.scan(run, before, (jnp.arange(n), parts))
     mean_grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
-    return mean_grads, stats, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
+    return mean_grads, measured, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
 
 
 def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, teacher: Any, *, model, options: StepOptions):
@@ -154,26 +166,33 @@ def _micro_gradients(variables: dict, batch: Batch, key: jax.Array, teacher: Any
             {**variables, "params": params},
             images,
             train=True,
-            mutable=["batch_stats"],
+            mutable=[name for name in variables if name != "params"],
             rngs={"dropout": dropout_key},
         )
         losses = softmax_cross_entropy(logits, targets, label_smoothing=options.label_smoothing)
         terms = {}
         if options.distill:
             losses, terms = learn_from(options.distill, logits, answers, labels_loss=losses)
-        return jnp.mean(losses), (losses, logits, updated["batch_stats"], terms)
+        return jnp.mean(losses), (losses, logits, updated, terms)
 
-    grads, (losses, logits, stats, terms) = jax.grad(loss_fn, has_aux=True)(variables["params"])
+    grads, (losses, logits, measured, terms) = jax.grad(loss_fn, has_aux=True)(variables["params"])
     count = jnp.sum(jnp.ones_like(losses))
     correct = jnp.argmax(logits, axis=-1) == labels
     terms = {"loss": losses, "top1": correct.astype(jnp.float32), **terms}
-    return grads, stats, {name: (jnp.sum(values), count) for name, values in terms.items()}
+    return grads, measured, {name: (jnp.sum(values), count) for name, values in terms.items()}
 
 
 def eval_step(
     variables: dict, batch: Batch, *, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> dict[str, jax.Array]:
-    """Return sums over the images that `batch["mask"]` [B] marks.
+    """Return `count_answers` of a network on the images of a batch."""
+    images = normalise_images(batch["images"], mean, std)
+    logits: Any = model.apply(variables, images, train=False)
+    return count_answers(logits, batch["labels"], batch["mask"])
+
+
+def count_answers(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Return sums over the images that `mask` [B] marks, of logits [B, K] and labels [B].
 
     The sums are loss, top1, top5, count, classes, calibration and confusion. `classes` [2, K] counts the images of each
     class, and the correct answers among them. `calibration` [2, 15] has, for the answers with a probability in
@@ -181,9 +200,6 @@ def eval_step(
     1706.04599, section 2). `confusion` [K, K] has true classes in rows and predicted classes in columns; it is left out
     above 100 classes.
     """
-    images = normalise_images(batch["images"], mean, std)
-    logits: Any = model.apply(variables, images, train=False)
-    labels, mask = batch["labels"], batch["mask"]
     classes = logits.shape[-1]
     losses = softmax_cross_entropy(logits, labels, label_smoothing=0.0)
     _, best = lax.top_k(logits, min(5, classes))

@@ -1,6 +1,6 @@
-"""The two tasks of a run: the whole network on images, or its classifier on features computed once.
+"""The tasks of a run: the whole network on images, in float or int8, or its classifier on features computed once.
 
-Both are a `Task`, so the loop does not know which one it trains.
+Each is a `Task`, so the loop does not know which one it trains.
 """
 
 import time
@@ -11,9 +11,11 @@ import jax
 
 from mobilenet_jax.data.loader import EvalBatches, TrainIterator, make_eval_batches, make_train_iterator
 from mobilenet_jax.data.sources import Source, eval_split
+from mobilenet_jax.exporting.graph import build_graph
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.training.build import Setup
 from mobilenet_jax.training.linear_probe import Features, LinearProbe, compute_features, make_feature_step
+from mobilenet_jax.training.quantized import CALIBRATION_BATCHES, QuantizedNetwork, measure_ranges, with_ranges
 from mobilenet_jax.training.recalibrate import make_stats_step, measure_stats
 from mobilenet_jax.training.sharding import replicate
 from mobilenet_jax.training.steps import TrainState
@@ -23,7 +25,7 @@ from mobilenet_jax.training.steps import TrainState
 class Task:
     """A network, its training stream and its evaluation set."""
 
-    network: MobileNet | LinearProbe
+    network: MobileNet | QuantizedNetwork | LinearProbe
     mean: tuple[float, ...]  # subtracted from what the stream holds
     std: tuple[float, ...]  # what the difference is divided by
     iterator: TrainIterator
@@ -38,19 +40,38 @@ def get_process() -> dict[str, Any]:
 
 
 def open_images(setup: Setup) -> Task:
-    """Return the task of training the whole network on images. Nothing is read before the first batch."""
+    """Return the task of training the whole network on images, as train.quantize says. Nothing is read yet."""
     config = setup.config
     batches, count = make_eval_batches(
         config.data, **get_process(), device_count=setup.mesh.size, source=setup.splits.evaluation
     )
     return Task(
-        network=setup.model,
+        network=setup.model if config.train.quantize is None else make_quantized_network(setup),
         mean=config.data.mean,
         std=config.data.std,
         iterator=make_train_iterator(config.data, seed=config.seed, **get_process(), source=setup.splits.train),
         eval_batches=batches,
         eval_count=count,
     )
+
+
+def make_quantized_network(setup: Setup) -> QuantizedNetwork:
+    """Return the int8 form of the setup's model."""
+    config = setup.config
+    return QuantizedNetwork(setup.model.spec, config.data.image_size, config.train.range_decay)
+
+
+def calibrate_ranges(setup: Setup, task: Task, state: TrainState) -> TrainState:
+    """Return the state with the ranges that the float network has on the first batches of the training stream.
+
+    The stream itself stays where it is.
+    """
+    position = task.iterator.get_state()
+    batches = ({"images": next(task.iterator)["images"]} for _ in range(CALIBRATION_BATCHES))
+    graph = build_graph(setup.model.spec, setup.config.data.image_size)
+    ranges = measure_ranges(graph, state, batches, mesh=setup.mesh, mean=task.mean, std=task.std)
+    task.iterator.set_state(position)
+    return with_ranges(state, replicate(ranges, setup.mesh))
 
 
 def open_features(setup: Setup, images: Task, state: TrainState) -> Task:

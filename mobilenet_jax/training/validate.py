@@ -31,6 +31,8 @@ def check_config(config, *, device_count: int, process_count: int) -> None:
     check_divides("data.batch_size / train.accumulate", config.data.batch_size / train.accumulate, device_count)
     if train.cache_features:
         check_caches_features(config)
+    if train.quantize is not None:
+        check_quantizes(config)
     if train.freeze_stats and train.recompute_stats_epochs:
         raise ValueError(
             f"train.recompute_stats_epochs is {train.recompute_stats_epochs}, train.freeze_stats True; valid: 0 (off), "
@@ -67,6 +69,22 @@ def check_caches_features(config) -> None:
         raise ValueError(
             "train.cache_features sees each image once, uncropped and unchanged, by a network that stays as it is; "
             f"{', '.join(wrong)}; valid: data.crop='resize', none for freeze_epochs, 0, False or '' for the others"
+        )
+
+
+def check_quantizes(config) -> None:
+    """Raise ValueError if a key asks an int8 network for what it does not do."""
+    wrong = {
+        "init": "is empty" if not config.init else "",
+        "model.dtype": f"is {config.model.dtype!r}" if config.model.dtype != "float32" else "",
+        "train.cache_features": "is True" if config.train.cache_features else "",
+        "train.recompute_stats_epochs": "is not 0" if config.train.recompute_stats_epochs else "",
+        "optim.freeze_epochs": "is set" if config.optim.freeze_epochs is not None else "",
+    }
+    if found := ", ".join(f"{key} {what}" for key, what in wrong.items() if what):
+        raise ValueError(
+            "train.quantize trains the int8 form of trained weights, with their batch-norm statistics, in float32; "
+            f"{found}; valid: weights for init, and the defaults for the others"
         )
 
 

@@ -46,6 +46,7 @@ class Preprocessing:
                 raise ValueError(f"its preprocessing has {key} {getattr(self, key)!r}")
 
 
+_TEXT_LIMIT = 2_000  # characters of a name, a class or a note
 _LARGEST = 2048  # pixels; the largest published MobileNet takes 544
 # mean .485 .456 .406, std .229 .224 .225 of x / 255
 IMAGENET = Preprocessing((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -131,6 +132,11 @@ def check_card(card: object, *, source: str) -> Spec:
         raise WeightsError(f"the card of {source} has {len(names)} class names for {spec.num_classes} classes")
     if names is not None and not all(isinstance(name, str) for name in names):
         raise WeightsError(f"the card of {source} has class names that are no text")
+    for text in (card["name"], *(names or ()), *card["notes"]):  # terminals obey control characters
+        if not (isinstance(text, str) and len(text) <= _TEXT_LIMIT and text.isprintable()):
+            raise WeightsError(
+                f"the card of {source} has text with control characters or of more than {_TEXT_LIMIT:,} characters"
+            )
     return spec
 
 

@@ -3,19 +3,17 @@
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from mobilenet_jax.weights import WeightsError
-from mobilenet_jax.weights.card import Preprocessing
-from mobilenet_jax.weights.hdf5 import read_hdf5
+from mobilenet_jax.weights.folder import CONFIG, PREPROCESSOR, WEIGHTS_FILES, Hints, read_hints
 
 CACHE = Path("~/.cache/mobilenet_jax/weights").expanduser()
 _CHUNK = 1 << 20
@@ -58,8 +56,10 @@ def is_remote(text: str | os.PathLike) -> bool:
     return str(text).startswith("hf:") or _NAME.fullmatch(str(text)) is not None
 
 
-def fetch(name: str, *, offline: bool) -> tuple[Path, str, Preprocessing | None]:
-    """Return (file, the model's own name, preprocessing if the publisher states it); download the file if needed.
+def fetch(name: str, *, offline: bool, check: Callable[[Path, str], None]) -> tuple[Path, Hints]:
+    """Return (file, what the publisher says of it); download the file if needed.
+
+    `check` takes a new file without a checksum and its name, and raises WeightsError if it cannot be loaded.
 
     Raises WeightsError for an unknown name, for a download that fails, and for one that `offline` forbids.
     """
@@ -70,9 +70,9 @@ def fetch(name: str, *, offline: bool) -> tuple[Path, str, Preprocessing | None]
     if not path.exists():
         if offline:
             raise WeightsError(f"{name} is not in {CACHE}, and downloads are off")
-        download(published, path)
+        download(published, path, check=lambda part: check(part, name))
     _check_pin(path)
-    return path, name, None
+    return path, Hints(name)
 
 
 def find_published(name: str) -> Published:
@@ -100,11 +100,11 @@ def find_published(name: str) -> Published:
     raise WeightsError(f"no published weights {name!r} are known; valid: {known}, and hf:timm/MODEL.TAG")
 
 
-def download(published: Published, path: Path) -> None:
+def download(published: Published, path: Path, *, check: Callable[[Path], None]) -> None:
     """Download to `path`, which appears whole or not at all. PATH.part, left by an interrupted download, is continued.
 
     If several processes download the same file, one does it and the others wait. A file whose publisher states no
-    checksum is read once, and its SHA-256 is written beside it.
+    checksum must pass `check`, and its SHA-256 is written beside it.
 
     Raises WeightsError for a download that is interrupted, which the next call continues, and for wrong content.
     """
@@ -119,7 +119,7 @@ def download(published: Published, path: Path) -> None:
         finally:
             if not file.tell():
                 part.unlink()
-        _check(published, part)
+        _check(published, part, check)
         if not published.digest:
             _find_pin(path).write_text(_hash(part, "sha256"))
         part.replace(path)
@@ -138,39 +138,50 @@ def _lock(part: Path) -> Iterator[BinaryIO]:
 
 
 def _complete(url: str, file: BinaryIO) -> None:
-    """Append what is missing of the content of `url` to `file`; start again if the server gives no parts."""
+    """Append what is missing of the content of `url` to `file`; start again if that cannot be continued."""
     start = file.tell()
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            size = response.headers["Content-Length"]
-            if size is None or not size.isdecimal():
-                raise WeightsError(f"{url} cannot be downloaded: the server does not state its size")
-            if response.status == 206:
-                given = response.headers["Content-Range"] or "no range"
-                if not given.startswith(f"bytes {start}-"):
-                    raise WeightsError(
-                        f"{url} cannot be continued: bytes {start}- were asked for, the server sent {given}"
-                    )
-            else:
-                file.truncate(0)
-            total = file.seek(0, os.SEEK_END) + int(size)
-            while chunk := response.read(_CHUNK):
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, HTTPException) as error:
-        if not (
-            start and isinstance(error, urllib.error.HTTPError) and error.code == 416
-        ):  # the part is the whole file
+        total = _append(url, file)
+    except urllib.error.HTTPError as error:
+        if not (start and error.code == 416):
             raise WeightsError(f"{url} cannot be downloaded: {error}") from error
-        total = start
+        # No bytes are left: the part is the whole file, or it is longer and so of something else.
+        if error.headers["Content-Range"] == f"bytes */{start}":
+            return
+        file.truncate(0)
+        file.seek(0)
+        _complete(url, file)
+        return
+    except (OSError, HTTPException) as error:
+        raise WeightsError(f"{url} cannot be downloaded: {error}") from error
     if file.tell() < total:
         raise WeightsError(f"{url} broke off after {file.tell():,} of {total:,} bytes; the same command continues")
 
 
-def _check(published: Published, part: Path) -> None:
-    """Raise WeightsError and delete `part` if its checksum is wrong, or, without a checksum, if it cannot be read."""
+def _append(url: str, file: BinaryIO) -> int:
+    """Append the content of `url` from the end of `file` on; return the number of bytes that the whole file has."""
+    start = file.tell()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+        size = response.headers["Content-Length"]
+        if size is None or not size.isdecimal():
+            raise WeightsError(f"{url} cannot be downloaded: the server does not state its size")
+        if response.status == 206:
+            given = response.headers["Content-Range"] or "no range"
+            if not given.startswith(f"bytes {start}-"):
+                raise WeightsError(f"{url} cannot be continued: bytes {start}- were asked for, the server sent {given}")
+        else:
+            file.truncate(0)
+        total = file.seek(0, os.SEEK_END) + int(size)
+        while chunk := response.read(_CHUNK):
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return total
+
+
+def _check(published: Published, part: Path, check: Callable[[Path], None]) -> None:
+    """Raise WeightsError and delete `part` if its checksum is wrong, or, without a checksum, if `check` fails."""
     if published.digest:
         digest = _hash(part, published.algorithm)
         if not digest.startswith(published.digest):
@@ -180,10 +191,10 @@ def _check(published: Published, part: Path) -> None:
             )
         return
     try:
-        read_hdf5(part)
+        check(part)
     except WeightsError as error:
         part.unlink()
-        raise WeightsError(f"{published.url} cannot be read and was deleted: {error}") from error
+        raise WeightsError(f"{published.url} cannot be loaded and was deleted: {error}") from error
 
 
 def _check_pin(path: Path) -> None:
@@ -202,28 +213,26 @@ def _hash(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def _fetch_from_hub(repository: str, *, offline: bool) -> tuple[Path, str, Preprocessing]:
-    """Do the work of `fetch` for a timm model on the Hugging Face hub, whose library keeps its own cache."""
+def _fetch_from_hub(repository: str, *, offline: bool) -> tuple[Path, Hints]:
+    """Do the work of `fetch` for timm and transformers on the Hugging Face hub, whose library keeps its own cache."""
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import EntryNotFoundError
     except ImportError as error:
         raise WeightsError("names with hf: need huggingface_hub: pip install 'mobilenet_jax[hub]'") from error
+
+    def get(file: str) -> Path:
+        return Path(hf_hub_download(repository, file, local_files_only=offline))
+
+    label = f"hf:{repository}"
     try:
-        path = hf_hub_download(repository, "model.safetensors", local_files_only=offline)
-        config = json.loads(Path(hf_hub_download(repository, "config.json", local_files_only=offline)).read_text())
+        try:
+            path = get(WEIGHTS_FILES[0])
+        except EntryNotFoundError:  # older repositories have PyTorch's format alone
+            path = get(WEIGHTS_FILES[1])
+        get(CONFIG)
+        with contextlib.suppress(EntryNotFoundError):  # of transformers alone
+            get(PREPROCESSOR)
     except (OSError, ValueError) as error:  # the library raises no other kinds
-        raise WeightsError(f"hf:{repository} cannot be downloaded: {str(error).splitlines()[0]}") from error
-    try:
-        given = config["pretrained_cfg"]
-        preprocessing = Preprocessing(
-            mean=tuple(255 * x for x in given["mean"]),
-            std=tuple(255 * x for x in given["std"]),
-            image_size=given["input_size"][-1],
-            crop_share=given["crop_pct"],
-            interpolation=given["interpolation"],
-        )
-        return Path(path), f"timm/{config['architecture']}.{given['tag']}", preprocessing
-    except (KeyError, TypeError) as error:
-        raise WeightsError(f"the config.json of hf:{repository} is not timm's: {error} is missing") from error
-    except ValueError as error:
-        raise WeightsError(f"the config.json of hf:{repository} cannot be used: {error}") from error
+        raise WeightsError(f"{label} cannot be downloaded: {str(error).splitlines()[0]}") from error
+    return path, read_hints(path.parent, label=label)

@@ -1,8 +1,10 @@
 """The names and layouts of another framework's tensors, and the search for the network that a file holds."""
 
+import functools
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +12,7 @@ import numpy as np
 from mobilenet_jax.models.init import variable_shapes
 from mobilenet_jax.models.spec import Spec
 from mobilenet_jax.models.zoo import make_spec
-from mobilenet_jax.weights import WeightsError
+from mobilenet_jax.weights import WeightsError, printable
 from mobilenet_jax.weights.card import Preprocessing
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -63,7 +65,7 @@ class Layout:
         return (*core, 1, 1) if self.outputs == 0 else (1, 1, *core)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Naming:
     """The names and the layout of one framework."""
 
@@ -74,6 +76,7 @@ class Naming:
     leaves: Mapping[str, str]  # kernel, bias, norm/scale, norm/mean, ... -> what follows the layer's name
     layout: Layout
     percent: bool  # True if names end in the width, as _050, when it is not the entry's width
+    all_convs: bool = False  # True if every dense kernel is stored as a 1x1 convolution
 
     def name_entry(self, entry: Entry, width: float) -> str:
         """Return the name by which `select` finds the entry."""
@@ -92,6 +95,11 @@ class Naming:
             raise WeightsError(f"{self.framework} has no model {name!r}; valid: {known}")
         return entries, int(found["percent"]) / 100 if found["percent"] else entries[0].width
 
+    def list_stems(self) -> tuple[str, ...]:
+        """Return the names that the stem's kernel has in the framework's networks."""
+        specs = [make_spec(entry.model, convention=entry.convention) for entry in self.entries]
+        return tuple(dict.fromkeys(self.name_layers(spec)["stem"][0] + self.leaves["kernel"] for spec in specs))
+
     def list_slots(self, spec: Spec) -> dict[str, Slot]:
         """Return {tensor's name: slot} for every variable of the network, in the order in which the layers run."""
         layers = self.name_layers(spec)
@@ -100,7 +108,10 @@ class Naming:
         for path, shape in variable_shapes(spec).items():
             owner, leaf = path[-2:]
             layer = "/".join(path[1:-2] if owner in ("conv", "norm") else path[1:-1])
-            name = layers[layer][owner == "norm"] + self.leaves[f"norm/{leaf}" if owner == "norm" else leaf]
+            kind = (
+                f"norm/{leaf}" if owner == "norm" else "depthwise" if owner == "conv" and "depthwise" in path else leaf
+            )
+            name = layers[layer][owner == "norm"] + self.leaves.get(kind, self.leaves["kernel"])
             if leaf != "kernel":
                 slots[name] = Slot(path, shape, shape, (0,))
                 continue
@@ -108,7 +119,7 @@ class Naming:
             is_dense = len(shape) == 2
             axes = layout.dense if is_dense else layout.depthwise if "depthwise" in path else layout.conv
             core = tuple(shape[i] for i in np.argsort(axes))
-            stored_as_conv = is_dense and conv_heads.get(layer, True)
+            stored_as_conv = is_dense and (self.all_convs or conv_heads.get(layer, True))
             slots[name] = Slot(path, layout.widen(core) if stored_as_conv else core, core, axes)
         return slots
 
@@ -122,12 +133,19 @@ class Match:
     width: float
     spec: Spec
     slots: dict[str, Slot]
+    lost_head: bool = False  # the model has a last 1x1 convolution, the file does not
 
 
-def identify(naming: Naming, shapes: Shapes, *, name: str | None, source: str) -> Match:
+def identify(naming: Naming, shapes: Shapes, *, name: str | None, source: str, drop: bool = False) -> Match:
     """Return the network that has exactly the names and shapes of a file's tensors.
 
-    `name` is the framework's name of the model, without the framework; if it is None, all models are tried.
+    Args:
+      naming: the framework's names.
+      shapes: the file's tensors.
+      name: the framework's name of the model, without the framework; if it is None, all models are tried.
+      source: the file, for errors.
+      drop: return the network without a classifier, and ignore tensors that it does not have. It has no hidden layer
+        and no last 1x1 convolution either if the file lacks them.
 
     Raises:
       WeightsError: no network has these tensors, or several have; the message names the differences or the networks.
@@ -135,14 +153,20 @@ def identify(naming: Naming, shapes: Shapes, *, name: str | None, source: str) -
     entries, width = naming.select(name) if name else (_find_closest(naming, shapes), None)
     fits, closest = [], (math.inf, f"{naming.framework}/{name}, a network that cannot be built")
     for entry in entries:
-        for match in _candidates(naming, entry, shapes, width):
-            count, differences = compare({name: slot.shape for name, slot in match.slots.items()}, shapes)
+        for match in _candidates(naming, entry, shapes, width, drop=drop):
+            expected = {name: slot.shape for name, slot in match.slots.items()}
+            found = {name: shape for name, shape in shapes.items() if name in expected} if drop else shapes
+            count, differences = compare(expected, found)
             if not count:
                 fits.append(match)
                 break
             closest = min(closest, (count, f"{match.name}: {differences}"))
     if not fits:
         raise WeightsError(f"{source} does not fit {closest[1]}")
+    most = max(len(match.slots) for match in fits)
+    whole = [match for match in fits if len(match.slots) == most]
+    # V1 without its last 1x1 is not another network than V1, but has the name of one.
+    fits = [match for match in whole if match.spec.head or not match.lost_head] or whole
     if len(fits) > 1:
         raise WeightsError(
             f"{source} may be {' or '.join(match.name for match in fits)}: they have the same tensors, "
@@ -156,20 +180,26 @@ def _find_closest(naming: Naming, shapes: Shapes) -> list[Entry]:
 
     def count_strangers(entry: Entry) -> int:
         spec = make_spec(entry.model, width=entry.width or 1.0, convention=entry.convention)
-        return len(naming.list_slots(_fit_tail(naming, spec, shapes)).keys() ^ shapes.keys())
+        return len(_list_names(naming, _fit_ends(naming, spec, shapes)) ^ shapes.keys())
 
     counts = [count_strangers(entry) for entry in naming.entries]
     return [entry for entry, count in zip(naming.entries, counts, strict=True) if count == min(counts)]
 
 
-def _candidates(naming: Naming, entry: Entry, shapes: Shapes, width: float | None) -> Iterator[Match]:
-    """Yield the entry's network, with the file's classifier, at the given width or at all likely ones.
+@functools.lru_cache(maxsize=128)  # every file of a framework is compared with the same networks
+def _list_names(naming: Naming, spec: Spec) -> frozenset[str]:
+    return frozenset(naming.list_slots(spec))
+
+
+def _candidates(naming: Naming, entry: Entry, shapes: Shapes, width: float | None, *, drop: bool) -> Iterator[Match]:
+    """Yield the entry's network, with the file's ends, at the given width or at all likely ones.
 
     The likely widths are the published ones, and then the one at which the number of elements agrees.
     """
 
     def make(width: float) -> Spec:
-        return _fit_tail(naming, make_spec(entry.model, width=width, convention=entry.convention), shapes)
+        spec = make_spec(entry.model, width=width, convention=entry.convention)
+        return _fit_ends(naming, spec, shapes, drop=drop)
 
     def list_widths() -> Iterator[float]:
         yield from (width,) if width else _WIDTHS
@@ -181,7 +211,8 @@ def _candidates(naming: Naming, entry: Entry, shapes: Shapes, width: float | Non
             spec = make(candidate)
         except ValueError:  # groups that divide no channels of this width
             continue
-        yield Match(naming.name_entry(entry, candidate), entry, candidate, spec, naming.list_slots(spec))
+        lost_head = spec.head is None and make_spec(entry.model, convention=entry.convention).head is not None
+        yield Match(naming.name_entry(entry, candidate), entry, candidate, spec, naming.list_slots(spec), lost_head)
 
 
 def align_by_order(naming: Naming, shapes: Shapes) -> Iterator[dict[str, str]]:
@@ -197,13 +228,30 @@ def align_by_order(naming: Naming, shapes: Shapes) -> Iterator[dict[str, str]]:
                 yield dict(zip(shapes, slots, strict=True))
 
 
-def _fit_tail(naming: Naming, spec: Spec, shapes: Shapes) -> Spec:
-    """Return the spec with the file's number of classes, and without layers after the pooling that the file lacks."""
+def _fit_ends(naming: Naming, spec: Spec, shapes: Shapes, *, drop: bool = False) -> Spec:
+    """Return the spec with the file's input channels and classes, and without the last layers that the file lacks.
+
+    With `drop` it has no classifier, and a hidden layer only if it is the file's.
+    """
     layers = naming.name_layers(spec)
-    kernels = {layer: layers[layer][0] + naming.leaves["kernel"] for layer in ("hidden", "classifier")}
-    if shape := shapes.get(kernels["classifier"]):
-        return replace(spec, num_classes=shape[naming.layout.outputs])
-    return replace(spec, num_classes=0, hidden=spec.hidden if kernels["hidden"] in shapes else 0)
+    kernels = {
+        layer: shapes.get(layers[layer][0] + naming.leaves["kernel"])
+        for layer in ("stem", "head", "hidden", "classifier")
+        if layer in layers
+    }
+    layout, stem, classifier, hidden = naming.layout, kernels["stem"], kernels["classifier"], kernels["hidden"]
+    if stem and len(stem) == 4 and stem[layout.conv[2]] > 0:
+        spec = replace(spec, in_channels=stem[layout.conv[2]])
+    if classifier and not drop:
+        # The classifier of Keras' include_top=False and of other shortened networks sees the pooling.
+        inputs = math.prod(classifier) // max(1, classifier[layout.outputs])
+        if hidden is None and spec.head and spec.head.filters == inputs:
+            spec = replace(spec, hidden=0)
+        return replace(spec, num_classes=classifier[layout.outputs])
+    if drop and spec.head and not kernels.get("head"):
+        return replace(spec, num_classes=0, head=None, hidden=0)
+    has_hidden = hidden is not None and (not drop or hidden[layout.outputs] == spec.hidden)
+    return replace(spec, num_classes=0, hidden=spec.hidden if has_hidden else 0)
 
 
 def _search_width(naming: Naming, make: Callable[[float], Spec], shapes: Shapes) -> float:
@@ -232,15 +280,19 @@ def compare(expected: Shapes, found: Shapes) -> tuple[int, str]:
     groups = {
         "it lacks": [name for name in expected if name not in found],
         "it has unknown": [name for name in found if name not in expected],
-        "of another shape are": [
-            f"{name} {list(found[name])} (valid: {list(shape)})"
-            for name, shape in expected.items()
-            if found.get(name, shape) != shape
-        ],
+        "of another shape are": [name for name, shape in expected.items() if found.get(name, shape) != shape],
     }
-    texts = [f"{what} {_shorten(names)}" for what, names in groups.items() if names]
+
+    def show(name: str) -> str:
+        if expected.get(name) is None or found.get(name) is None:
+            return printable(name)
+        return f"{name} {list(found[name])[:9]} (valid: {list(expected[name])})"
+
+    texts = [f"{what} {list_some(names, show)}" for what, names in groups.items() if names]
     return sum(map(len, groups.values())), "; ".join(texts)
 
 
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def list_some(names: Collection[str], show: Callable[[str], str] = printable) -> str:
+    """Return the first names as text, and how many more there are."""
+    first = ", ".join(show(name) for name in itertools.islice(names, 4))
+    return first + (f" and {len(names) - 4} more" if len(names) > 4 else "")

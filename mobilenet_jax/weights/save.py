@@ -1,5 +1,6 @@
 """Weights to a file: our own safetensors with the card inside, or a state dict of torchvision or timm."""
 
+import hashlib
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import zipfile
 from collections.abc import Mapping
 
 import numpy as np
+from etils import epath
 from flax import traverse_util
 from safetensors.numpy import save
 
@@ -19,10 +21,11 @@ from mobilenet_jax.models.zoo import make_spec
 from mobilenet_jax.paths import as_path
 from mobilenet_jax.weights import FORMATS, WeightsError
 from mobilenet_jax.weights.card import check_card
+from mobilenet_jax.weights.foreign import BELONGS_TO, CARD_SUFFIX
 from mobilenet_jax.weights.load import CARD_KEY
 from mobilenet_jax.weights.naming import Naming, compare
 from mobilenet_jax.weights.torch_names import TIMM, TORCHVISION
-from mobilenet_jax.workdir.files import write_atomic
+from mobilenet_jax.workdir.files import write_atomic, write_json_atomic
 
 _EXPORTS = {"torchvision": TORCHVISION, "timm": TIMM}
 # The keys of a spec that inference does not depend on.
@@ -36,8 +39,11 @@ def save_weights(
     card: dict,
     *,
     format: str = "safetensors",  # noqa: A002
-) -> None:
+) -> epath.Path | None:
     """Write {"params", "batch_stats"} of a model; the file appears whole or not at all.
+
+    A file of torchvision or timm cannot hold the card. It is written beside the file, as FILE.card.json, where
+    `load_weights` finds it; the path of that is returned.
 
     Args:
       path: a `.safetensors` file, which may lie in a bucket; for the formats torchvision and timm also `.pth`, a
@@ -67,12 +73,14 @@ def save_weights(
         raise WeightsError(f"the variables do not fit the model: {differences}")
     if format == "safetensors":
         write_atomic(path, save(flat, {CARD_KEY: json.dumps(card)}))
-        return
+        return None
     tensors = _to_state_dict(_EXPORTS[format], model.spec, flat, card)
-    if path.suffix == ".pth":
-        write_atomic(path, _to_pth(tensors))
-    else:
-        write_atomic(path, save(tensors, {"format": "pt"}))
+    content = _to_pth(tensors) if path.suffix == ".pth" else save(tensors, {"format": "pt"})
+    beside = path.with_name(path.name + CARD_SUFFIX)
+    beside.unlink(missing_ok=True)  # a card is never beside a file of which it does not speak
+    write_atomic(path, content)
+    write_json_atomic(beside, {**card, BELONGS_TO: hashlib.sha256(content).hexdigest()})
+    return beside
 
 
 def _to_state_dict(naming: Naming, spec: Spec, flat: Mapping[str, np.ndarray], card: dict) -> dict[str, np.ndarray]:

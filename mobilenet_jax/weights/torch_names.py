@@ -19,7 +19,7 @@ from mobilenet_jax.models.spec import (
 from mobilenet_jax.weights.card import HALF, IMAGENET, Preprocessing
 from mobilenet_jax.weights.naming import Entry, Layout, Naming
 
-_LEAVES = {
+LEAVES = {
     "kernel": ".weight",
     "bias": ".bias",
     "gamma": ".gamma",  # layer scale
@@ -29,7 +29,7 @@ _LEAVES = {
     "norm/var": ".running_var",
 }
 # Kernels are [outputs, inputs of a group, height, width]; dense kernels are [outputs, inputs].
-_LAYOUT = Layout(conv=(2, 3, 1, 0), depthwise=(2, 3, 1, 0), dense=(1, 0), outputs=0)
+LAYOUT = Layout(conv=(2, 3, 1, 0), depthwise=(2, 3, 1, 0), dense=(1, 0), outputs=0)
 
 Layers = dict[str, tuple[str, str]]
 
@@ -76,6 +76,7 @@ _STAGES = {
     "mobilenet_edgetpu_100": (1, 4, 4, 4, 4, 4, 1),
     **dict.fromkeys([f"mobilenet_edgetpu_v2_{size}" for size in ("xs", "s", "m", "l")], (1, 2, 4, 4, 4, 4, 1)),
 }
+_HIDDEN = ("mobilenet_v3", "mobilenet_v4")  # the networks with a hidden layer, which not every file has
 _SQUEEZE_EXCITE = {"se/reduce": ("se.conv_reduce", ""), "se/expand": ("se.conv_expand", "")}
 _SEPARABLE = {"depthwise": ("conv_dw", "bn1"), "pointwise": ("conv_pw", "bn2")}
 _UNEXPANDED = {"depthwise": ("conv_dw", "bn1"), "project": ("conv_pw", "bn2"), **_SQUEEZE_EXCITE}
@@ -112,7 +113,7 @@ def _name_timm(spec: Spec) -> Layers:
     layers = {
         "stem": ("conv_stem", "bn1"),
         # In V3 and V4, timm's head is the layer after the pooling, and our head is its last stage.
-        "head": (f"{last}.conv", f"{last}.bn1") if spec.hidden else ("conv_head", "bn2"),
+        "head": (f"{last}.conv", f"{last}.bn1") if spec.name.startswith(_HIDDEN) else ("conv_head", "bn2"),
         "hidden": ("conv_head", "norm_head"),
         "classifier": ("classifier", ""),
     }
@@ -142,8 +143,8 @@ TORCHVISION = Naming(
         Entry("mobilenet_v3_small", "mobilenet_v3_small", "torchvision", IMAGENET),
     ),
     name_layers=_name_torchvision,
-    leaves=_LEAVES,
-    layout=_LAYOUT,
+    leaves=LEAVES,
+    layout=LAYOUT,
     percent=False,
 )
 _BICUBIC, _HALF_BICUBIC = replace(IMAGENET, interpolation="bicubic"), replace(HALF, interpolation="bicubic")
@@ -184,8 +185,8 @@ TIMM = Naming(
         Entry("mobilenet_edgetpu_v2_l", "mobilenet_edgetpu_v2_l", "timm", _CROP_90, 1.0),
     ),
     name_layers=_name_timm,
-    leaves=_LEAVES,
-    layout=_LAYOUT,
+    leaves=LEAVES,
+    layout=LAYOUT,
     percent=True,
 )
 # Exceptions, by the start of the file's SHA-256 or by name. torchvision's IMAGENET1K_V2 weights expect images resized

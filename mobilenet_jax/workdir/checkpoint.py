@@ -46,6 +46,7 @@ PROTECTED = (
     "optim.freeze",
     "optim.freeze_epochs",
     TEACHER_KEY,
+    "train.quantize",
     "processes",
 )
 # These choose another formulation of the same network.
@@ -310,23 +311,38 @@ def load_variables(workdir: str | os.PathLike) -> tuple[dict, dict]:
     return variables, {**meta, "step": int(leaves["step"])}
 
 
-def merge_variables(fresh: dict, loaded: dict, *, source: str) -> dict:
+def load_ranges(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Return the ranges of the int8 network that a workdir's newest checkpoint holds, by tensor; {} of a float run.
+
+    They belong to the variables that `load_variables` returns. Raises what `load_variables` raises.
+    """
+    leaves, _ = read_checkpoint(workdir)
+    prefix = "ema.ranges." if any(name.startswith("ema.") for name in leaves) else "ranges."
+    return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+
+
+def merge_variables(fresh: dict, loaded: dict, *, source: str, afresh: tuple[str, ...] = ()) -> dict:
     """Return `loaded`, with the classifier of `fresh` if its shape differs, which is logged.
 
-    Raises ValueError, which names the first leaf, if other leaves differ.
+    The layers `afresh` are those of `fresh` if `loaded` lacks them. Raises ValueError, which names the first leaf, if
+    other leaves differ.
     """
     flat: dict[str, Any] = traverse_util.flatten_dict(fresh, sep="/")
     given: dict[str, Any] = traverse_util.flatten_dict(loaded, sep="/")
     shapes, given_shapes = ({path: np.shape(leaf) for path, leaf in tree.items()} for tree in (flat, given))
     misfits = {path for path in flat.keys() | given.keys() if shapes.get(path) != given_shapes.get(path)}
-    wrong = sorted(path for path in misfits if not path.startswith("params/classifier/"))
+    absent = {path for path in misfits - given.keys() if path.split("/")[1] in afresh}
+    wrong = sorted(path for path in misfits - absent if not path.startswith("params/classifier/"))
     if wrong:
         raise ValueError(
             f"init {source!r} does not fit the model: {len(wrong)} arrays are absent or differ in shape, "
             f"the first {wrong[0]}; use the model section of the run that wrote it"
         )
-    if misfits:
-        logging.info("init: the classifier starts afresh, because %s has another number of classes", source)
+    if absent:
+        layers = ", ".join(sorted({path.split("/")[1] for path in absent}))
+        logging.info("init: %s start afresh, because %s lacks them", layers, source)
+    if misfits - absent:
+        logging.info("init: the classifier starts afresh, because %s has none for this number of classes", source)
     merged = {path: given[path] if path in given and path not in misfits else leaf for path, leaf in flat.items()}
     return traverse_util.unflatten_dict(merged, sep="/")
 

@@ -1,6 +1,7 @@
 import io
 import os
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -337,3 +338,89 @@ def test_a_crop_needs_nothing_from_below_it():
     top = cut.resize_crop((0, 0, 64, 16), size=16, bicubic=False, mirrored=False)
     expected = Image.fromarray(decode_image(data, name="a")[:16]).resize((16, 16), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(top, expected)
+
+
+@needs_extension
+@needs_pillow_13
+def test_jpegs_damaged_below_a_crop_are_refused_where_pillow_refuses_them():
+    rng, fates = np.random.default_rng(1), {"refused": 0, "read": 0, "not opened": 0}
+    whole = encode(photograph(64, 80), "JPEG", quality=95)
+    start = whole.index(b"\xff\xda") + 14
+    for _ in range(150):
+        damaged = bytearray(whole)
+        place = int(rng.integers((start + len(whole)) // 2, len(whole) - 4))
+        damaged[place : place + 2] = bytes([255, int(rng.integers(256))])
+        jpeg = open_croppable(bytes(damaged), name="a.jpg")
+        judged = outcome(decode_image, bytes(damaged), name="a.jpg")
+        if jpeg is None:
+            fates["not opened"] += 1
+            fates["refused"] += isinstance(judged, str)
+            continue
+        assert not isinstance(judged, str)
+        crop = jpeg.resize_crop((0, 0, 80, 16), size=16, bicubic=False, mirrored=False)
+        expected = Image.fromarray(judged[:16]).resize((16, 16), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(crop, expected)
+        fates["read"] += 1
+    assert min(fates.values()) >= 3, fates
+
+
+def list_scans(data: bytes) -> list[int]:
+    """Where the scans of a JPEG begin: their Huffman tables before them, if they have some."""
+    places, place = [], 2
+    while data[place + 1] != 0xD9:
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker == 0xDA:
+            places.append(place)
+            place += 2 + length
+            while data[place] != 0xFF or data[place + 1] in (0, *range(0xD0, 0xD8)):
+                place += 1
+        else:
+            place += 2 + length
+    return places
+
+
+@needs_extension
+@needs_pillow_13
+def test_a_progressive_jpeg_without_its_last_scans_is_as_pillow_reads_it():
+    data = encode(
+        photograph(80, 96).resize((160, 192), Image.Resampling.BILINEAR), "JPEG", quality=90, progressive=True
+    )
+    for scan in list_scans(data)[1:]:
+        cut = data[:scan] + b"\xff\xd9"
+        jpeg = open_croppable(cut, name="a")
+        assert jpeg is not None
+        box = (20, 30, 90, 100)
+        crop = jpeg.resize_crop(box, size=50, bicubic=False, mirrored=False)
+        part = Image.fromarray(decode_image(cut, name="a")[30:130, 20:110])
+        np.testing.assert_array_equal(crop, np.asarray(part.resize((50, 50), Image.Resampling.BILINEAR)))
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(tmp_path):
+    data = encode(Image.new("RGB", (4096, 4096)), "JPEG", progressive=True)
+    assert decode_image(data, name="a").shape == (4096, 4096, 3)
+    last = list_scans(data)[-1]
+    repeated = data[:-2] + data[last:-2] * 200 + b"\xff\xd9"
+    (tmp_path / "w.jpg").write_bytes(repeated)
+    for source in (repeated, tmp_path / "w.jpg"):
+        begun = time.process_time()
+        with pytest.raises(
+            UnreadableImageError, match=r"a cannot be decoded: it has 210 scans of 16,777,216 pixels; valid"
+        ):
+            decode_image(source, name="a")
+        assert open_croppable(source, name="a") is None
+        assert time.process_time() - begun < 5
+    small = encode(Image.new("RGB", (64, 64)), "JPEG", progressive=True)
+    more = small[:-2] + small[list_scans(small)[-1] : -2] * 200 + b"\xff\xd9"
+    assert decode_image(more, name="a").shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF"])
+def test_an_image_of_millions_of_parts_is_refused(kind):
+    data = encode(Image.new("RGB", (8, 8)), kind)
+    chunk = struct.pack(">I", 3) + b"tEXta\0b" + struct.pack(">I", zlib.crc32(b"tEXta\0b"))
+    part, place = {"PNG": (chunk, 33), "JPEG": (b"\xff\xfe\0\x02", 2), "GIF": (b"\x21\xfe\0", 13 + 6)}[kind]
+    begun = time.process_time()
+    with pytest.raises(UnreadableImageError, match="a cannot be decoded: it has more than 200,000 parts"):
+        decode_image(data[:place] + part * 1_000_000 + data[place:], name="a")
+    assert time.process_time() - begun < 10
+    assert decode_image(data[:place] + part * 10 + data[place:], name="a").shape == (8, 8, 3)

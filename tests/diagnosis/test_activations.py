@@ -16,8 +16,7 @@ from mobilenet_jax.diagnosis.activations import (
 )
 from mobilenet_jax.diagnosis.weights import quantise_variables
 from mobilenet_jax.models.folded import list_layers
-from mobilenet_jax.models.layers import ACTIVATIONS
-from mobilenet_jax.training.steps import normalise_images
+from mobilenet_jax.models.layers import ACTIVATIONS, normalise_images
 
 SCALE: Any = {"mean": (127.5, 127.5, 127.5), "std": (127.5, 127.5, 127.5)}
 SIZE = 16

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -132,3 +133,10 @@ def test_weights_that_cannot_predict_are_refused_before_an_image_is_read(tiny_we
         predict((model, variables, small), ["gone.png"])
     with pytest.raises(ValueError, match="there are no images"):
         predict(tiny_weights, [])
+
+
+def test_weights_for_grey_images_are_refused_before_an_image_is_read(tiny_weights, tmp_path):
+    model, variables, card = tiny_weights
+    grey = model.clone(spec=replace(model.spec, in_channels=1))
+    with pytest.raises(ValueError, match="the weights tiny take 1 channels; images have 3"):
+        predict((grey, variables, card), [tmp_path])

@@ -12,9 +12,9 @@ import pytest
 
 from mobilenet_jax.inference.predict import compile_classifier
 from mobilenet_jax.models.init import init_variables
+from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.zoo import make_spec
-from mobilenet_jax.training.steps import normalise_images
 
 GREY = (127.5, 127.5, 127.5)
 # Squeeze-excite; attention with a blurred or a strided key.

@@ -7,7 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from runs import make_config, read_result
+from safetensors.numpy import save_file
 
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
@@ -16,6 +18,7 @@ from mobilenet_jax.training.run import RefusedError, evaluate_run, prepare, trai
 from mobilenet_jax.weights.card import HALF, Preprocessing, make_card
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
+from mobilenet_jax.weights.torch_names import TORCHVISION
 from mobilenet_jax.workdir.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -148,3 +151,22 @@ def test_a_config_that_follows_weights_needs_some(tmp_path):
     with pytest.raises(ValueError, match=r"model\.name, .* are none: as the weights have them; set init") as error:
         train_and_evaluate(make_config(**FROM_CARD), tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+def test_init_takes_the_backbone_of_a_file_with_another_head(tmp_path):
+    model = create_model("mobilenet_v2", width=0.25, num_classes=0, convention="torchvision")
+    variables = init_variables(model, seed=5)
+    flat = traverse_util.flatten_dict(variables)
+    tensors = {
+        name: slot.to_tensor(np.asarray(flat[slot.path])) for name, slot in TORCHVISION.list_slots(model.spec).items()
+    }
+    head = {"head.0.weight": np.ones((4, 1280), np.float32), "head.2.weight": np.ones((4, 4), np.float32)}
+    path = str(tmp_path / "w.safetensors")
+    save_file({name: np.ascontiguousarray(t) for name, t in {**tensors, **head}.items()}, path)
+    here = {"model__name": "mobilenet_v2", "model__width": 0.25, "model__convention": "torchvision", "init": path}
+    with pytest.raises(ValueError, match=r'classifier="drop"'):
+        train_and_evaluate(make_config(**here), tmp_path / "run")
+    with prepare(make_config(**here, init_classifier="drop"), tmp_path / "run") as run:
+        params = run.start.state.params
+        np.testing.assert_array_equal(params["stem"]["conv"]["kernel"], variables["params"]["stem"]["conv"]["kernel"])
+        assert params["classifier"]["kernel"].shape == (1280, 10)

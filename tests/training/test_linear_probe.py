@@ -8,10 +8,10 @@ from configs import base
 from mobilenet_jax.data.loader import make_eval_batches, make_train_iterator
 from mobilenet_jax.data.sources import open_source
 from mobilenet_jax.models.init import init_variables
+from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.training.linear_probe import Features, LinearProbe, compute_features, make_feature_step
 from mobilenet_jax.training.sharding import make_mesh
-from mobilenet_jax.training.steps import normalise_images
 
 MEAN, STD = (120.0, 130.0, 140.0), (60.0, 50.0, 40.0)
 MODEL = create_model("mobilenet_v3_small_minimalistic", width=0.25, num_classes=10, stride_one=(0,), dropout=0.5)

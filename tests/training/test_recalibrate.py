@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from mobilenet_jax.models.init import init_variables
+from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import Conv, InvertedResidual, Spec
 from mobilenet_jax.training.recalibrate import make_stats_step, measure_stats
 from mobilenet_jax.training.sharding import make_mesh
-from mobilenet_jax.training.steps import normalise_images
 
 MEAN, STD = (120.0, 130.0, 140.0), (60.0, 50.0, 40.0)
 SPEC = Spec(

@@ -10,10 +10,11 @@ import pytest
 from jax import lax
 
 from mobilenet_jax.models.init import init_variables
+from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import Conv, InvertedResidual, Spec
 from mobilenet_jax.training.losses import mix_batch
-from mobilenet_jax.training.steps import StepOptions, TrainState, create_state, eval_step, normalise_images, train_step
+from mobilenet_jax.training.steps import StepOptions, TrainState, create_state, eval_step, train_step
 
 CLASSES, SIZE, DECAY = 5, 16, 0.8
 SPEC = Spec(

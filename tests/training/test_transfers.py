@@ -71,7 +71,14 @@ def test_several_hosts_read_at_the_same_steps(tmp_path, monkeypatch):
     monkeypatch.setattr("mobilenet_jax.training.log.jax.process_count", lambda: 2)
     monkeypatch.setattr("mobilenet_jax.training.log.jax.device_get", lambda group: reads.append(len(group[0])) or group)
     plan = Plan(
-        total_steps=9, steps_per_epoch=9, eval_every=9, save_every=9, log_every=4, freeze_steps=9, stats_batches=0
+        total_steps=9,
+        steps_per_epoch=9,
+        eval_every=9,
+        save_every=9,
+        log_every=4,
+        freeze_steps=9,
+        stats_batches=0,
+        range_steps=9,
     )
     for active in (True, False):
         progress = Progress(9, steps_per_epoch=None, batch_size=1, active=active)

@@ -77,6 +77,43 @@ def test_class_names_are_text():
         check_card({**CARD, "class_names": ["cat", 7]}, source="w")
 
 
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\nb", "x" * 3000, 7])
+def test_text_that_a_terminal_would_obey_is_refused(text):
+    for changes in ({"class_names": ["cat", text]}, {"notes": [text]}, {"name": text}):
+        with pytest.raises(WeightsError, match=r"no text|text with control characters|no valid 'name'"):
+            check_card({**CARD, **changes}, source="w")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("expanded", 0), ("expanded", -8), ("filters", 0), ("stride", 0), ("kernel", 2), ("dilation", 0)]
+)
+def test_rows_that_cannot_be_are_refused(key, value):
+    for convention, model in (
+        ("timm", "mobilenet_v3_small"),
+        ("timm", "mobilenet_edgetpu_v2_xs"),
+        ("timm", "mobilenet_v4_conv_small"),
+    ):
+        spec = to_json(make_spec(model, num_classes=2, convention=convention))
+        row = next(row for row in spec["rows"] if key in row and "expanded" in row)
+        row[key] = value
+        with pytest.raises(WeightsError, match="the card of w holds no network: impossible row"):
+            check_card({**CARD, "spec": spec}, source="w")
+
+
+def test_ends_and_rows_that_cannot_be_are_refused():
+    spec = to_json(SPEC)
+    fused = to_json(make_spec("mobilenet_edgetpu_v2_xs", num_classes=2, convention="timm"))
+    next(row for row in fused["rows"] if row["kind"] == "FusedInvertedResidual")["group_size"] = -8
+    for changed, message in (
+        ({**spec, "in_channels": 0}, "in_channels is 0"),
+        ({**spec, "hidden": -1}, "hidden -1"),
+        ({**spec, "rows": spec["rows"] * 100}, "rows; valid: at most 1,000"),
+        (fused, "group_size is -8; valid: a divisor"),
+    ):
+        with pytest.raises(WeightsError, match=f"the card of w holds no network: .*{message}"):
+            check_card({**CARD, "spec": changed}, source="w")
+
+
 def test_trap_24_preprocessing_is_in_grey_levels():
     # torchvision: mean .485 .456 .406, std .229 .224 .225 of x / 255; Keras: x / 127.5 - 1
     assert [x / 255 for x in IMAGENET.mean] == pytest.approx([0.485, 0.456, 0.406])

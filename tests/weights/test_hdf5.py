@@ -1,5 +1,8 @@
 import resource
+import shutil
 import struct
+import sys
+import time
 import zipfile
 
 import h5py
@@ -147,6 +150,11 @@ def test_a_crash_and_a_hang_of_the_library_are_a_sentence(tmp_path, monkeypatch)
     monkeypatch.setattr(hdf5.sys, "executable", "/bin/false")
     with pytest.raises(WeightsError, match="HDF5's library crashed on it, with code 1"):
         read_tensors(tmp_path / "w.h5")
+    (tmp_path / "works").write_text("#!/bin/sh\nkill -XCPU $$\n")
+    (tmp_path / "works").chmod(0o755)
+    monkeypatch.setattr(hdf5.sys, "executable", str(tmp_path / "works"))
+    with pytest.raises(WeightsError, match=r"did not finish reading it in 10 s of CPU time"):
+        read_tensors(tmp_path / "w.h5")
     (tmp_path / "sleeps").write_text("#!/bin/sh\nexec sleep 60\n")
     (tmp_path / "sleeps").chmod(0o755)
     monkeypatch.setattr(hdf5.sys, "executable", str(tmp_path / "sleeps"))
@@ -159,4 +167,40 @@ def test_hdf5_of_something_else_is_refused(tmp_path):
     with h5py.File(tmp_path / "w.h5", "w") as file:
         file["data"] = ONES
     with pytest.raises(WeightsError, match="it has no group 'layers'"):
+        read_tensors(tmp_path / "w.h5")
+
+
+def test_names_repeated_15_000_times_are_refused(tmp_path):
+    path = tmp_path / "w.h5"
+    for name, count in (("layer_names", 4_000), ("layer_names", 15_000), ("weight_names", 15_000)):
+        with h5py.File(path, "w") as file:
+            group = file.create_group("a")
+            group["k"] = ONES
+            file.attrs["layer_names"] = np.array([b"a"] * (count if name == "layer_names" else 1))
+            group.attrs["weight_names"] = np.array([b"k"] * (count if name == "weight_names" else 1))
+        begun = time.monotonic()
+        with pytest.raises(WeightsError, match=r"has two tensors called 'a/k'|has more than 5,000 names"):
+            read_tensors(path)
+        assert time.monotonic() - begun < 10
+
+
+def test_models_in_each_other_have_an_end(tmp_path):
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        inner = file.create_group("layers/a/layers")
+        inner["a"] = file["layers/a"]  # a hard link to itself
+    with pytest.raises(WeightsError, match="it has more than 8 models in each other"):
+        read_tensors(tmp_path / "w.h5")
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="it needs the command ps, which macOS has")
+def test_memory_is_watched_where_the_system_does_not_limit_it(tmp_path, monkeypatch):
+    write_keras_3(tmp_path / "w.h5", {"a": [ONES]})
+    monkeypatch.setattr(hdf5, "_WATCH", True)
+    assert list(read_tensors(tmp_path / "w.h5")[0]) == ["a/kernel"]
+    (tmp_path / "grows").write_text(
+        f"#!{sys.executable}\nimport time\nmemory = bytearray(400_000_000)\ntime.sleep(60)\n"
+    )
+    (tmp_path / "grows").chmod(0o755)
+    monkeypatch.setattr(hdf5.sys, "executable", str(tmp_path / "grows"))
+    with pytest.raises(WeightsError, match=r"HDF5's library took more than 250,\d+,\d+ bytes of memory"):
         read_tensors(tmp_path / "w.h5")

@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
+from mobilenet_jax.models.spec_json import to_json
+from mobilenet_jax.models.zoo import make_spec
 from mobilenet_jax.weights import WeightsError
 from mobilenet_jax.weights.card import HALF
 from mobilenet_jax.weights.load import load_weights, read_tensors
@@ -105,3 +107,48 @@ def test_what_a_framework_cannot_hold_is_said(tiny, tmp_path):
         save_weights(path, *tiny, format="onnx")
     assert not path.exists()
     save_weights(path, trained, variables, card, format="torchvision")  # training's options are not the network's
+
+
+def test_the_card_lies_beside_a_file_that_cannot_hold_it(tiny, tmp_path):
+    model, variables, card = tiny
+    path, card = tmp_path / "w.pth", {**card, "metrics": {"eval/top1": 0.5}}
+    beside = save_weights(path, model, variables, card, format="torchvision")
+    assert beside is not None
+    assert beside == tmp_path / "w.pth.card.json"
+    found, loaded, read = load_weights(path)
+    assert found == model
+    np.testing.assert_array_equal(
+        loaded["params"]["classifier"]["kernel"], np.asarray(variables["params"]["classifier"]["kernel"])
+    )
+    for key in ("name", "class_names", "preprocessing", "metrics"):
+        assert read[key] == json.loads(json.dumps(card[key]))
+    _, _, named = load_weights(path, "torchvision/mobilenet_v2")  # the name decides the network, the card the rest
+    assert (named["name"], named["class_names"]) == ("torchvision/mobilenet_v2", card["class_names"])
+    assert load_weights(path, classifier="drop")[0].spec.num_classes == 0
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(
+        WeightsError, match=r"w\.pth\.card\.json was not written for the w\.pth beside it; delete it, or"
+    ):
+        load_weights(path)
+    for text in ("{", "[]", "[" * 100_000, '{"spec": 1}'):
+        beside.write_text(text)
+        with pytest.raises(WeightsError, match=r"w\.pth\.card\.json (is no JSON|was not written for)"):
+            load_weights(path)
+    assert save_weights(tmp_path / "w.safetensors", *tiny) is None
+
+
+def test_a_card_beside_of_another_network_is_refused(tiny, tmp_path):
+    path = tmp_path / "w.pth"
+    beside = save_weights(path, *tiny, format="torchvision")
+    assert beside is not None
+    written = json.loads(beside.read_text())
+    for changed, message in (
+        (
+            {"spec": to_json(make_spec("mobilenet_v2", width=0.5, num_classes=3))},
+            "does not fit the network of the card",
+        ),
+        ({"class_names": ["a"]}, "has 1 class names for 3 classes"),
+    ):
+        beside.write_text(json.dumps({**written, **changed}))
+        with pytest.raises(WeightsError, match=message):
+            load_weights(path)

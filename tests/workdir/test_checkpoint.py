@@ -472,6 +472,17 @@ def test_merge_takes_all_and_leaves_a_classifier_of_other_classes_fresh(caplog):
     assert_same_bits(merge_variables(fresh, same, source="there"), same)
 
 
+def test_merge_leaves_layers_fresh_that_may_be_absent():
+    fresh, loaded = make_variables(value=0.0), make_variables(value=1.0)
+    for tree in (loaded["params"], loaded["batch_stats"]):
+        tree.pop("stem", None)
+    loaded["params"].pop("classifier")
+    merged = merge_variables(fresh, loaded, source="there", afresh=("stem",))
+    assert_same_bits(merged, fresh)
+    with pytest.raises(ValueError, match=r"does not fit the model: .* absent or differ"):
+        merge_variables(fresh, loaded, source="there")
+
+
 def test_merge_refuses_another_network():
     match = "init 'there' does not fit the model: 2 arrays .* first batch_stats/stem/norm/mean"
     with pytest.raises(ValueError, match=match):

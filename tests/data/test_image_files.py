@@ -4,7 +4,7 @@ import resource
 import pytest
 
 from benchmarks.mutate import IMAGES, mutate, read_image, try_file, write_image
-from mobilenet_jax.inference.images import list_images
+from mobilenet_jax.data.image_files import list_images
 
 
 def test_folders_give_their_images_at_any_depth_in_order(tmp_path):
