@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 try:
     from mobilenet_jax.data import _jpeg  # pyright: ignore[reportAttributeAccessIssue]
@@ -67,6 +67,8 @@ def decode_image(data: bytes | Path, *, name: str) -> np.ndarray:
         raise UnreadableImageError(
             f"{name} is refused as a decompression bomb ({error}); valid: at most {MAX_PIXELS} pixels"
         ) from error
+    except UnidentifiedImageError as error:  # its text has the address of the file object
+        raise UnreadableImageError(f"{name} cannot be decoded: it is no {', '.join(FORMATS)} image") from error
     except Exception as error:  # Pillow's readers raise many types on damaged bytes
         raise UnreadableImageError(f"{name} cannot be decoded: {error}") from error
 

@@ -164,6 +164,7 @@ def test_init_takes_the_backbone_of_a_file_with_another_head(tmp_path):
     path = str(tmp_path / "w.safetensors")
     save_file({name: np.ascontiguousarray(t) for name, t in {**tensors, **head}.items()}, path)
     here = {"model__name": "mobilenet_v2", "model__width": 0.25, "model__convention": "torchvision", "init": path}
+    here["model__shallow"] = None
     with pytest.raises(ValueError, match=r'classifier="drop"'):
         train_and_evaluate(make_config(**here), tmp_path / "run")
     with prepare(make_config(**here, init_classifier="drop"), tmp_path / "run") as run:

@@ -65,6 +65,7 @@ def make_int8_config(weights: Path, **values) -> Any:
     settings: dict = {
         "model__name": "tiny",
         "model__width": 1.0,
+        "model__shallow": None,
         "model__stride_one": (),
         "init": str(weights),
         "train__quantize": "int8",

@@ -21,7 +21,7 @@ from mobilenet_jax.training.config import flatten_config
 from mobilenet_jax.training.result import read_result as read_saved_result
 from mobilenet_jax.training.run import NonFiniteError, evaluate_run, prepare, train_and_evaluate
 from mobilenet_jax.training.signals import StopSignals
-from mobilenet_jax.workdir.checkpoint import read_checkpoint
+from mobilenet_jax.workdir.checkpoint import TEACHER_KEY, read_checkpoint
 from mobilenet_jax.workdir.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -67,6 +67,7 @@ def test_files_of_a_finished_run(finished):
         "model.num_classes": 10,
         "data.train_images": 1437,
         "processes": 1,
+        TEACHER_KEY: None,
     }
     assert json.loads((finished / "environment.json").read_text())["packages"]["jax"] == jax.__version__
     startup = json.loads((finished / "startup.json").read_text())
