@@ -110,6 +110,7 @@ def read_files(workdir: Path) -> dict[str, object]:
     return {"results.csv": rows, **{name: (workdir / name).read_bytes() for name in FILES[1:]}}
 
 
+@pytest.mark.slow
 def test_a_study_killed_and_continued_leaves_the_same_files(tiny, tmp_path, capsys, monkeypatch):
     """Compare a study that SIGTERM stops in the first run and death in the second with a study that nothing stops."""
     command = [tiny, "--only=relu6", "--seeds=2", f"--workdir={tmp_path / 'whole'}"]

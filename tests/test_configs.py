@@ -360,6 +360,7 @@ def test_v2_learning_rate_is_that_of_one_worker():
     assert optim.lr_per_256 * 96 / 256 == pytest.approx(0.045)  # 1801.04381 sec. 6.1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device", "no_figures")
 def test_hybrid_v4_on_digits_takes_steps(tmp_path, monkeypatch):
     """With 11 rows of 31, which compile in a third of the time: some of each kind, and the narrowest and widest."""
@@ -382,6 +383,7 @@ def test_hybrid_v4_on_digits_takes_steps(tmp_path, monkeypatch):
     assert math.isfinite(result["loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.usefixtures("one_device", "no_figures")
 def test_imagenet_recipe_runs_three_steps(recipe, tmp_path):

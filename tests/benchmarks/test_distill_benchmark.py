@@ -15,6 +15,7 @@ TINY = ["--config.train.steps=2", "--config.data.image_size=16", "--config.model
 TINY += ["--config.model.width=0.1", "--config.model.lowering=plain", "--config.model.shallow=True"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_the_study_has_a_row_for_each_run_and_the_accuracy_of_the_teacher(tmp_path, capsys):
     train_and_evaluate(load_config(str(CONFIGS / "v3_large.py"), TINY), tmp_path / "teacher")

@@ -345,6 +345,7 @@ GRADIENT_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "size"), GRADIENT_CASES, ids=str)
 def test_gradients_of_both_lowerings_agree_in_float64(name, options, size):
     """Losses, and gradients to 1e-9 of the largest value, in training."""

@@ -12,6 +12,7 @@ from mobilenet_jax.models.cpu import normalise
 EXPECTED = json.loads(GOLDEN.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_accelerators_run_these_operations(name, platform):

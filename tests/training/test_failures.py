@@ -50,6 +50,7 @@ def kill_one(running: list[subprocess.Popen], victim: int, workdir: Path) -> tup
         running[victim].communicate()
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_or_is_killed_ends_the_other_with_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     workdir, own = tmp_path / "run", write_folders(tmp_path / "data")

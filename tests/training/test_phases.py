@@ -64,6 +64,7 @@ def list_fresh(config) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 6])
 def test_trap_27_phases_continue_to_the_same_bits_from_either_side(phases, tmp_path, monkeypatch, step):
     """At step 4 all but the classifier are still those of the start, to the bit; at the end none is."""

@@ -195,6 +195,7 @@ def test_a_finished_run_made_longer_does_not_give_its_old_result(finished, tmp_p
     assert read_result(workdir) == longer
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_leave_no_trace(tmp_path, monkeypatch):
     """A short `python benchmarks/kill_resume.py`: this seed draws a kill of each kind."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

@@ -248,6 +248,7 @@ def train_on(devices: int, parallel: str, workdir: Path, monkeypatch, **values: 
     return [line["train/loss"] for line in read_metrics(workdir)]
 
 
+@pytest.mark.slow
 def test_first_five_losses_are_the_same_on_1_device_8_devices_and_2_processes_of_2(
     two_processes, tmp_path, monkeypatch
 ):
