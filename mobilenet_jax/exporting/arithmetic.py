@@ -28,7 +28,7 @@ _EXACT_TERMS = 2**24 // ((LARGEST - SMALLEST) * _KERNEL_LEVELS)
 
 
 class Encoding(NamedTuple):
-    """What the codes of a map stand for: the number (code - zero) * scale."""
+    """The meaning of a map's codes: a code stands for the number (code - zero) * scale."""
 
     scale: Any  # float32 [], of JAX or NumPy
     zero: Any  # int32 []

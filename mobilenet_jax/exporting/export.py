@@ -49,7 +49,7 @@ class ParityError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Job:
-    """What is exported, and how."""
+    """The network of an export, and the choices of its caller."""
 
     model: MobileNet
     variables: dict

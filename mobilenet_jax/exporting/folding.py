@@ -11,7 +11,7 @@ from mobilenet_jax.models.folded import norm_factor
 
 
 class Weights(NamedTuple):
-    """What a layer multiplies by and adds."""
+    """The kernel and the bias of a layer, with its batch norm folded."""
 
     kernel: Any  # of the layer's kernel_shape; the last axis are the filters
     bias: Any  # [filters]

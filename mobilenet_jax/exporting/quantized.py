@@ -1,4 +1,4 @@
-"""What an int8 network is: the graph of the float network, and the integers and scales of its tensors and layers.
+"""An int8 network as data: the graph of the float network, and the integers and scales of its tensors and layers.
 
 The scheme is TFLite's. A tensor of codes q stands for scale * (q - zero_point). Kernels are symmetric. Biases are int32
 in units of the input's scale times the filter's.

@@ -1,4 +1,4 @@
-"""What a training step learns from a teacher: soft targets that another network gives for the same images.
+"""The teacher's part in a training step: soft targets that another network gives for the same images.
 
 Hinton et al. 2015 (1503.02531) train a network on the softmax of another one at a temperature. Beyer et al. 2022
 (2106.05237, "function matching") give both networks the same crop, mix the images inside the step, and leave out the

@@ -23,7 +23,7 @@ _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 @dataclass(frozen=True)
 class Hints:
-    """What is known of weights besides their tensors."""
+    """Facts about weights that their tensors do not tell."""
 
     name: str | None = None  # FRAMEWORK/MODEL
     preprocessing: Preprocessing | None = None

@@ -1,4 +1,4 @@
-"""What the configuration inside a saved Keras model says of its pooling and of the images it takes."""
+"""Reads the pooling and the images of a saved Keras model from the configuration inside it."""
 
 import json
 from collections import deque

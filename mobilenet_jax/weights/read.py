@@ -40,7 +40,7 @@ _OTHERS = (
 
 
 class Contents(NamedTuple):
-    """What a file holds, before anything is chosen of it.
+    """The content of a file, before anything is chosen of it.
 
     `tree` has an entry with a `shape` for each tensor, in dicts of dicts; `load` returns the numbers of chosen entries.
     """
