@@ -27,6 +27,7 @@ from mobilenet_jax.models.ops import (
 from mobilenet_jax.models.spec import InvertedResidual, Residual, Spec
 
 IMAGES = "images"  # the tensor of normalised images
+LOGITS = "logits"  # the output of a file, whatever the graph calls it
 PIXELS = "pixels"  # the input, uint8 grey levels, of a graph that normalises them itself
 FUSED = ("linear", "relu", "relu6")  # activations that every runtime fuses into the operation before
 

@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mobilenet_jax.exporting.graph import (
+    LOGITS,
     PIXELS,
     Activate,
     Add,
@@ -27,7 +28,6 @@ from mobilenet_jax.exporting.graph import (
 )
 from mobilenet_jax.exporting.quantized import Quantized, Scale
 
-LOGITS = "logits"
 _OPSET, _IR_VERSION = 20, 9  # the first with Gelu; ONNX Runtime has both since 1.17
 _FUNCTIONS = {"hard_swish": "HardSwish", "gelu": "Gelu", "sigmoid": "Sigmoid"}
 _CODES = 255  # steps between the smallest and the largest int8 code

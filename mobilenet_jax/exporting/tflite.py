@@ -14,6 +14,7 @@ from ai_edge_litert.tools import flatbuffer_utils
 
 from mobilenet_jax.exporting.graph import (
     IMAGES,
+    LOGITS,
     PIXELS,
     Activate,
     Add,
@@ -29,7 +30,6 @@ from mobilenet_jax.exporting.graph import (
 from mobilenet_jax.exporting.quantized import Quantized, Scale
 from mobilenet_jax.models.ops import pads
 
-LOGITS = "logits"  # the name of the output in the signature
 _FUSED = {
     "linear": schema.ActivationFunctionType.NONE,
     "relu": schema.ActivationFunctionType.RELU,
