@@ -13,7 +13,8 @@ PEERS = {
     "flax": "our network as Flax's plain layers compute it, with grouped convolutions",
     "keras": "Keras on JAX",
     "torch": "torchvision, and timm for V1 and V4, channels_last",
-    "litert": "LiteRT with XNNPACK on Keras' V1 to V3, inference only",
+    "litert": "our export in LiteRT (ai-edge-litert, with XNNPACK), inference only",
+    "onnx": "our export in ONNX Runtime, inference only",
     "tfdata": "tf.data, input only",
 }
 # `scaling` changes one of these keys at a time; the other keys have the first value of their flags.

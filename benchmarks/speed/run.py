@@ -14,7 +14,7 @@ from benchmarks.speed.startup import measure_startup
 from benchmarks.speed.turns import SIDES, WorkerError, measure, pin_to_cores
 
 # Peers that may run in an interpreter of their own.
-FOREIGN = ("torch", "keras", "litert", "tfdata")
+FOREIGN = ("torch", "keras", "litert", "onnx", "tfdata")
 
 
 def run_case(case: Case, args: argparse.Namespace, images: str) -> dict:

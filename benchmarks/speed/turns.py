@@ -15,12 +15,12 @@ from mobilenet_jax.cli.allocator import tuned_environment
 
 _ROOT = Path(__file__).resolve().parents[2]
 _WORKERS = Path(__file__).resolve().parent / "workers"
-_OWN_SIDES = ("ours", "flax")
+_OWN_SIDES = ("ours", "flax", "litert", "onnx")
 _NETWORK = {"ours": "jax_worker.py", "flax": "jax_worker.py", "keras": "keras_worker.py", "torch": "torch_worker.py"}
 # For each kind of case, its sides and the file that each side runs.
 SIDES: dict[str, dict[str, str]] = {
     "train": _NETWORK,
-    "infer": {**_NETWORK, "litert": "litert_worker.py"},
+    "infer": {**_NETWORK, "litert": "runtime_worker.py", "onnx": "runtime_worker.py"},
     "memory": {"ours": "jax_worker.py", "flax": "jax_worker.py"},  # the peers do not report the memory of a step
     "input": {"ours": "loader_worker.py", "tfdata": "tfdata_worker.py"},
     "augment": {"ours": "loader_worker.py"},

@@ -139,7 +139,7 @@ def test_startup_line_has_medians_and_the_range():
     [
         ("--what=trian", "'trian'; valid: train, infer, memory, scaling, input, startup"),
         ("--models=mobilenet_v5", "'mobilenet_v5'; valid: mobilenet_v1, "),
-        ("--against=jax", "'jax'; valid: flax, keras, torch, litert, tfdata"),
+        ("--against=jax", "'jax'; valid: flax, keras, torch, litert, onnx, tfdata"),
         ("--resolution=big", "invalid comma-separated int value: 'big'"),
         ("--rounds=0", "rounds, threads, photographs, widths, resolutions and batch sizes must be above 0"),
         ("--python_torch=/no/such/python", "/no/such/python is not a file"),

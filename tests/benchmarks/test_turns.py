@@ -151,7 +151,8 @@ def test_without_rounds_nothing_runs(sides, tmp_path):
     [
         ("train", "torch", "torch"),
         ("infer", "keras", "keras"),
-        ("infer", "litert", "tensorflow"),
+        ("infer", "litert", "ai_edge_litert"),
+        ("infer", "onnx", "onnxruntime"),
         ("input", "tfdata", "tensorflow"),
     ],
 )
