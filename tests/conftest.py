@@ -89,18 +89,15 @@ def tiny_weights():
     """(model, variables, card) of a small network with three named classes."""
     from mobilenet_jax.models.init import init_variables
     from mobilenet_jax.models.network import create_model
-    from mobilenet_jax.weights.card import HALF, make_card
+    from mobilenet_jax.weights.card import HALF
+    from tests.cards import make_test_card
 
     model = create_model("mobilenet_v1", width=0.1, num_classes=3, shallow=True)
-    card = make_card(
-        name="tiny",
-        model="mobilenet_v1",
+    card = make_test_card(
+        model.spec,
         width=0.1,
-        convention="keras",
-        spec=model.spec,
         preprocessing=replace(HALF, image_size=32, crop_share=0.8),
         class_names=["red", "green", "blue"],
-        source={"file": "w", "sha256": "0"},
     )
     variables = init_variables(model, seed=0)
     variables["params"]["classifier"]["bias"] = np.array([0.1, 0.2, 0.4], np.float32)

@@ -30,8 +30,9 @@ from mobilenet_jax.training.plan import make_plan
 from mobilenet_jax.training.result import count_trained
 from mobilenet_jax.training.run import train_and_evaluate
 from mobilenet_jax.training.validate import check_config
-from mobilenet_jax.weights.card import IMAGENET, make_card
+from mobilenet_jax.weights.card import IMAGENET
 from mobilenet_jax.weights.save import save_weights
+from tests.cards import make_test_card
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLIT_SIZES = (("holdout", 630), ("train", 1470))  # of UC Merced
@@ -142,16 +143,7 @@ def test_uc_merced_trains_26901_parameters_on_70_percent(tmp_path):
     """The published protocol; only the photographs and the weights are made up."""
     write_uc_merced(tmp_path / "photographs")
     model = create_model("mobilenet_v2", convention="torchvision")
-    card = make_card(
-        name="torchvision/mobilenet_v2",
-        model="mobilenet_v2",
-        width=1.0,
-        convention="torchvision",
-        spec=model.spec,
-        preprocessing=IMAGENET,
-        class_names=None,
-        source={},
-    )
+    card = make_test_card(model.spec, name="torchvision/mobilenet_v2", convention="torchvision", preprocessing=IMAGENET)
     shapes = jax.eval_shape(lambda: init_variables(model, seed=0))
     variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     save_weights(tmp_path / "w.safetensors", model, variables, card)

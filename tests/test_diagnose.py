@@ -13,10 +13,10 @@ from mobilenet_jax.diagnosis.images import open_evaluation_set
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.training.run import train_and_evaluate
-from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
 from mobilenet_jax.workdir.metrics import read_metrics
+from tests.cards import make_test_card
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +26,7 @@ def weights(tmp_path_factory) -> str:
     model = whole.clone(spec=dataclasses.replace(whole.spec, blocks=whole.spec.blocks[:4]))  # less to compile
     variables = init_variables(model, seed=0)
     variables["params"]["block_00"]["depthwise"]["conv"]["kernel"][..., [1, 4, 6]] = 0
-    card = make_card(
-        name="planted",
-        model="mobilenet_v1",
-        width=0.25,
-        convention="keras",
-        spec=model.spec,
-        preprocessing=HALF,
-        class_names=None,
-        source={"file": "planted.safetensors", "sha256": ""},
-    )
+    card = make_test_card(model.spec, name="planted", width=0.25, source={"file": "planted.safetensors", "sha256": ""})
     card["preprocessing"] |= {"image_size": 16, "crop_share": 1.0}
     path = tmp_path_factory.mktemp("weights") / "planted.safetensors"
     save_weights(path, model, variables, card)

@@ -17,9 +17,10 @@ from mobilenet_jax.exporting.contract import read_exported
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import Conv, Spec
 from mobilenet_jax.training import evaluate
-from mobilenet_jax.weights.card import HALF, make_card
+from mobilenet_jax.weights.card import HALF
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
+from tests.cards import make_test_card
 from tests.inference.test_prediction import TORCHVISION
 
 CONFIG = "configs/v2.py:digits"
@@ -40,15 +41,11 @@ def keep_process(monkeypatch):
 def file(tmp_path_factory):
     """A network of two convolutions for the ten digits."""
     spec = Spec(name="tiny", stem=Conv(filters=8, stride=2), blocks=(), head=Conv(filters=16, stride=2), num_classes=10)
-    card = make_card(
+    card = make_test_card(
+        spec,
         name="digits/tiny",
-        model="tiny",
-        width=1.0,
-        convention="keras",
-        spec=spec,
         preprocessing=replace(HALF, image_size=16, crop_share=1.0),
         class_names=[str(digit) for digit in range(10)],
-        source={"file": "w", "sha256": "0"},
     )
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     save_weights(path, MobileNet(spec), draw_variables(spec), card)

@@ -20,9 +20,10 @@ from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.training import evaluate
 from mobilenet_jax.training import run as run_module
-from mobilenet_jax.weights.card import HALF, make_card
+from mobilenet_jax.weights.card import HALF
 from mobilenet_jax.weights.save import save_weights
 from mobilenet_jax.workdir.lock import lock_workdir
+from tests.cards import make_test_card
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'v1.py'}"
@@ -271,15 +272,8 @@ def test_evaluation_without_a_checkpoint_is_one_sentence(capsys, tmp_path):
 def weights(tmp_path_factory):
     """A file of a small network for ten classes, with a card that asks for 40 pixels."""
     model = create_model("mobilenet_v1", width=0.1, num_classes=10)
-    card = make_card(
-        name="tiny",
-        model="mobilenet_v1",
-        width=0.1,
-        convention="keras",
-        spec=model.spec,
-        preprocessing=replace(HALF, image_size=40, crop_share=1.0, interpolation="nearest"),
-        class_names=None,
-        source={"file": "w", "sha256": "0"},
+    card = make_test_card(
+        model.spec, width=0.1, preprocessing=replace(HALF, image_size=40, crop_share=1.0, interpolation="nearest")
     )
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     save_weights(path, model, init_variables(model, seed=0), card)

@@ -12,8 +12,9 @@ from PIL import Image
 
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
-from mobilenet_jax.weights.card import IMAGENET, make_card, read_imagenet_classes
+from mobilenet_jax.weights.card import IMAGENET, read_imagenet_classes
 from mobilenet_jax.weights.save import save_weights
+from tests.cards import make_test_card
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
@@ -27,12 +28,10 @@ def read(path: Path) -> Any:
 def weights(tmp_path_factory):
     """A file with the weights of a small network that has ImageNet's classes."""
     model = create_model("mobilenet_v2", width=0.1)
-    card = make_card(
+    card = make_test_card(
+        model.spec,
         name="small",
-        model="mobilenet_v2",
         width=0.1,
-        convention="keras",
-        spec=model.spec,
         preprocessing=IMAGENET,
         class_names=read_imagenet_classes(),
         source={"file": "small", "sha256": "0"},

@@ -280,8 +280,8 @@ def _split(images):
 
 def _sum_parts(parts):
     partial = functools.reduce(lax.add, parts).reshape(-1, parts[0].shape[-1])
-    # Two rows of ones, because XLA:CPU hands a product of matrices to a library. For a product with a vector it compiles
-    # a program each time: 360 programs in V2's step, and a quarter of its compilation.
+    # Two rows of ones, because XLA:CPU hands a product of matrices to a library. For each product with a vector it
+    # compiles a program: 360 programs in V2's step, and a quarter of its compilation.
     return (jnp.ones((2, len(partial)), partial.dtype) @ partial)[0]
 
 

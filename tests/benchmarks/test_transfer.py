@@ -10,8 +10,8 @@ from benchmarks import transfer
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.training.config import flatten_config
-from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.save import save_weights
+from tests.cards import make_test_card
 
 
 @pytest.fixture
@@ -35,16 +35,7 @@ def arguments(tmp_path, monkeypatch, one_device) -> list[str]:
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     Image.new("RGB", (32, 32), "white").save(tmp_path / "images" / "test" / "dark" / "0.png")
     model = create_model("mobilenet_v1", width=0.1, num_classes=5)
-    card = make_card(
-        name="mine",
-        model="mobilenet_v1",
-        width=0.1,
-        convention="keras",
-        spec=model.spec,
-        preprocessing=HALF,
-        class_names=None,
-        source={},
-    )
+    card = make_test_card(model.spec, name="mine", width=0.1)
     save_weights(tmp_path / "w.safetensors", model, init_variables(model, seed=0), card)
     return [str(tmp_path / "images"), f"--init={tmp_path / 'w.safetensors'}", f"--workdir={tmp_path / 'study'}"]
 

@@ -9,7 +9,8 @@ from mobilenet_jax.diagnosis.activations import measure_activations
 from mobilenet_jax.diagnosis.report import format_text, list_findings, make_report
 from mobilenet_jax.diagnosis.weights import quantise_variables
 from mobilenet_jax.models.spec_json import to_json
-from mobilenet_jax.weights.card import HALF, make_card
+from mobilenet_jax.weights.card import HALF
+from tests.cards import make_test_card
 
 METRICS = [{"step": i, "train/grad_norm": norm} for i, norm in ((10, 2.0), (20, 40.0), (30, 1.0))]
 
@@ -20,16 +21,7 @@ def make_weights(network, **planted) -> tuple:
     leaves = {path: np.array(leaf) for path, leaf in traverse_util.flatten_dict(variables, sep="__").items()}
     for path, (index, value) in planted.items():
         leaves[path][index] = value
-    card = make_card(
-        name="tiny run",
-        model="mobilenet_v2",
-        width=1.0,
-        convention="keras",
-        spec=model.spec,
-        preprocessing=HALF,
-        class_names=None,
-        source={"file": "tiny.safetensors", "sha256": "0" * 64},
-    )
+    card = make_test_card(model.spec, name="tiny run", source={"file": "tiny.safetensors", "sha256": "0" * 64})
     assert card["spec"] == to_json(model.spec)
     return model, traverse_util.unflatten_dict(leaves, sep="__"), card
 

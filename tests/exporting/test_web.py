@@ -21,7 +21,8 @@ from mobilenet_jax.exporting.report import format_report
 from mobilenet_jax.inference.predict import predict
 from mobilenet_jax.models.network import MobileNet
 from mobilenet_jax.models.spec import Conv, Spec
-from mobilenet_jax.weights.card import IMAGENET, make_card
+from mobilenet_jax.weights.card import IMAGENET
+from tests.cards import make_test_card
 from tests.exporting.chromium import find_chromium, open_page, serve
 
 SIZE = 32
@@ -31,15 +32,11 @@ SIZE = 32
 def weights():
     """A network of two convolutions, for photographs."""
     spec = Spec(name="tiny", stem=Conv(filters=8, stride=2), blocks=(), head=Conv(filters=16, stride=2), num_classes=7)
-    card = make_card(
+    card = make_test_card(
+        spec,
         name="tiny/<photos>",
-        model="tiny",
-        width=1.0,
-        convention="keras",
-        spec=spec,
         preprocessing=replace(IMAGENET, image_size=SIZE),
         class_names=["cat", "dog", "<b>bold</b>", "tea & cake", "ship", "snail", "Zürich"],
-        source={"file": "w", "sha256": "0"},
     )
     return MobileNet(spec), draw_variables(spec), card
 

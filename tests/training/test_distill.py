@@ -24,9 +24,10 @@ from mobilenet_jax.training.run import RefusedError, evaluate_run, train_and_eva
 from mobilenet_jax.training.sharding import AXIS, make_key, make_mesh, put_batch, replicate, shard_train_step
 from mobilenet_jax.training.steps import StepOptions, create_state, normalise_images, train_step
 from mobilenet_jax.training.teacher import load_teacher
-from mobilenet_jax.weights.card import Preprocessing, make_card
+from mobilenet_jax.weights.card import Preprocessing
 from mobilenet_jax.weights.save import save_weights
 from mobilenet_jax.workdir.metrics import read_metrics
+from tests.cards import make_test_card
 
 CLASSES, SIZE, TEACHER_SIZE = 5, 16, 24
 SPEC = Spec(
@@ -243,15 +244,12 @@ DIGITS = [str(i) for i in range(10)]
 def save_teacher(path: Path, *, seed: int = 0, names: list[str] = DIGITS, size: int = 20) -> Path:
     """Write weights of a small network for the classes of the digits, in another order."""
     model = create_model("mobilenet_v1", width=0.1, num_classes=len(names), shallow=True, stride_one=(0,))
-    card = make_card(
+    card = make_test_card(
+        model.spec,
         name="wise",
-        model="mobilenet_v1",
         width=0.1,
-        convention="keras",
-        spec=model.spec,
         preprocessing=Preprocessing(TEACHER_MEAN, TEACHER_STD, image_size=size),
         class_names=names[::-1],
-        source={"file": "w", "sha256": "0"},
     )
     save_weights(path, model, init_variables(model, seed=seed), card)
     return path

@@ -15,11 +15,12 @@ from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import create_model
 from mobilenet_jax.training.config import CARD_KEYS
 from mobilenet_jax.training.run import RefusedError, evaluate_run, prepare, train_and_evaluate
-from mobilenet_jax.weights.card import HALF, Preprocessing, make_card
+from mobilenet_jax.weights.card import HALF, Preprocessing
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
 from mobilenet_jax.weights.torch_names import TORCHVISION
 from mobilenet_jax.workdir.checkpoint import read_checkpoint
+from tests.cards import make_test_card
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -111,15 +112,12 @@ def test_frozen_parts_stay_as_they_were(tmp_path):
 def make_card_file(path: Path) -> Path:
     """Weights of five classes whose card has a preprocessing of its own."""
     model = create_model("mobilenet_v3_small", width=0.35, num_classes=5, convention="torchvision")
-    card = make_card(
+    card = make_test_card(
+        model.spec,
         name="mine",
-        model="mobilenet_v3_small",
         width=0.35,
         convention="torchvision",
-        spec=model.spec,
         preprocessing=Preprocessing((100.0, 110.0, 120.0), (50.0, 60.0, 70.0), 40, 0.9, "bicubic"),
-        class_names=None,
-        source={},
     )
     save_weights(path, model, init_variables(model, seed=1), card)
     return path

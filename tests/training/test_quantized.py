@@ -25,9 +25,9 @@ from mobilenet_jax.models.layers import normalise_images
 from mobilenet_jax.models.network import MobileNet, create_model
 from mobilenet_jax.training.quantized import CALIBRATION_BATCHES, QuantizedNetwork
 from mobilenet_jax.training.run import RefusedError, evaluate_run, train_and_evaluate
-from mobilenet_jax.weights.card import HALF, make_card
 from mobilenet_jax.weights.save import save_weights
 from mobilenet_jax.workdir.checkpoint import read_checkpoint
+from tests.cards import make_test_card
 from tests.exporting.networks import draw_variables
 
 pytestmark = pytest.mark.usefixtures("one_device", "tiny")
@@ -47,16 +47,7 @@ def weights(tmp_path_factory, tiny) -> Path:
     """Weights whose batch norm is not the identity, to begin from."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     model = create_model("tiny", num_classes=10)
-    card = make_card(
-        name="tiny",
-        model="tiny",
-        width=1.0,
-        convention="keras",
-        spec=model.spec,
-        preprocessing=HALF,
-        class_names=None,
-        source={"file": "w", "sha256": "0"},
-    )
+    card = make_test_card(model.spec)
     save_weights(path, model, draw_variables(model.spec), card)
     return path
 
