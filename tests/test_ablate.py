@@ -167,6 +167,7 @@ def test_a_study_killed_and_continued_leaves_the_same_files(tiny, tmp_path, caps
     assert "from 2 finished runs" in out
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_fails_the_run_and_the_study_goes_on(tmp_path, capsys):
     variants = '{"relu": {"optim.lr_per_256": 1e37}, "relu6": {}}'
     wild = TINY.replace('{"relu6": {}, "relu": {"model.activation": "relu"}}', variants)

@@ -63,11 +63,8 @@ def test_notebooks_are_committed_without_outputs_and_hold_no_logic(path):
     assert f"(colab/{path.name})" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=() if path.stem == "quickstart" else pytest.mark.slow) for path in NOTEBOOKS],
-    ids=[path.stem for path in NOTEBOOKS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path, tmp_path, monkeypatch, weights, photographs):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     notebook = read(path)

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import accelerator, tpu_compile
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_small_measurement_has_every_number(tmp_path, capsys):
     file = tmp_path / "small.json"

@@ -16,6 +16,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 def test_second_start_finds_what_the_first_compiled():
     result = measure_startup(TINY, rounds=1)
     cold, warm = (result[kind]["split"][0] for kind in ("cold", "warm"))

@@ -51,6 +51,7 @@ def list_written(study: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in files if file.is_file()}
 
 
+@pytest.mark.slow
 def test_study_has_a_row_for_each_run_and_keeps_finished_runs(arguments, tmp_path, capsys):
     command = [*arguments, "--ways", "probe", "scratch", "--image_size=32", "--epochs=4"]
     assert transfer.main([*command, "--seeds=1"]) == 0
@@ -89,6 +90,7 @@ def test_scratch_differs_from_finetune_only_in_the_weights_and_in_freezing_nothi
     assert (scratch["init"], scratch["optim.freeze"], scratch["optim.layer_decay"]) == ("", [], 1.0)
 
 
+@pytest.mark.slow
 def test_mistakes_are_the_most_confident_wrong_answers(arguments, tmp_path):
     command = [*arguments, "--ways", "probe", "--image_size=32", "--epochs=400", "--seeds=1"]
     assert transfer.main(command) == 0

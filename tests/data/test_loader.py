@@ -207,6 +207,7 @@ def test_orbax_saves_and_restores_it(tmp_path):
 # Workers
 
 
+@pytest.mark.slow
 def test_trap_34_workers_give_the_batches_of_threads_and_close_without_a_trace():
     # A new process has not parsed absl's flags, and shows every warning and leak.
     code = """

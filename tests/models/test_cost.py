@@ -83,7 +83,10 @@ def test_counts_are_those_of_the_frameworks(row, variant):
     assert spec.bn_decay == pytest.approx(1 - float(row["bn_momentum_torch"]), abs=1e-12)
 
 
-@pytest.mark.parametrize(("model", "width", "convention"), COUNTS)
+@pytest.mark.parametrize(
+    ("model", "width", "convention"),
+    [pytest.param(*variant, marks=() if variant[1] == 1 else pytest.mark.slow) for variant in COUNTS],
+)
 def test_module_holds_what_the_frameworks_hold(model, width, convention):
     """The module creates as many elements of params and batch_stats as the frameworks' modules have."""
     module = MobileNet(make_spec(model, width=width, convention=convention))

@@ -68,6 +68,7 @@ def test_the_state_and_the_data_are_those_of_the_older_version():
     assert {name: zlib.crc32(batch[name].tobytes()) for name in ("images", "labels")} == EXPECTED["batch_5"]
 
 
+@pytest.mark.slow
 def test_the_run_continues_with_the_same_numbers(tmp_path, monkeypatch, optimized):
     device = jax.devices()[0]
     monkeypatch.setattr(jax, "devices", lambda *_: [device])  # the older run had one: sums over eight round otherwise

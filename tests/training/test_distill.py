@@ -270,6 +270,7 @@ def make_taught(teacher: Path | str, **values) -> Any:
     return make_config(**settings | values)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_stopped_run_continues_to_the_bit_and_with_no_other_teacher(tmp_path, monkeypatch):
     teacher = save_teacher(tmp_path / "teacher.safetensors")

@@ -259,6 +259,7 @@ def test_trap_22_a_constant_network_is_right_on_its_class_alone():
     np.testing.assert_array_equal(confusion[:, 0], np.bincount(labels))
 
 
+@pytest.mark.slow
 def test_the_weights_in_the_repository_have_the_accuracy_that_is_reported(reference, monkeypatch, optimized):
     """To the last image; where another processor's rounding turns one, it is right to see it here first."""
     monkeypatch.setattr(evaluate_module, "make_mesh", lambda: make_mesh(jax.devices()[:1]))

@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 import random
@@ -23,6 +24,7 @@ from mobilenet_jax.weights.card import HALF
 from mobilenet_jax.weights.load import load_weights
 from mobilenet_jax.weights.save import save_weights
 
+QUICK = ("keras_v2_035", "torchvision_v3_small_100")  # a minute for all, most of it compilation
 CASES = (
     "keras_v1_025",
     "keras_v2_035",
@@ -68,9 +70,15 @@ def change(tmp_path: Path, source: Path, **tensors: np.ndarray | None) -> Path:
 
 # Even sizes tell TensorFlow's padding from PyTorch's, odd ones Keras' V1 from both; benchmarks/parity.py has all pairs.
 @pytest.mark.parametrize(
-    ("file", "lowering"), [("case.npz", "plain"), ("case_odd.npz", "plain"), ("case_rect.npz", "auto")]
+    ("case", "file", "lowering"),
+    [
+        *itertools.product(CASES, ("case.npz", "case_odd.npz"), ("plain",)),
+        *(
+            pytest.param(case, "case_rect.npz", "auto", marks=() if case in QUICK else pytest.mark.slow)
+            for case in CASES
+        ),
+    ],
 )
-@pytest.mark.parametrize("case", CASES)
 def test_trap_05_logits_and_features_are_the_frameworks_own(reference, request, case, file, lowering):
     if lowering == "auto":  # what users run; the textbook form has the same numbers without LLVM's optimizations
         request.getfixturevalue("optimized")
