@@ -1,8 +1,10 @@
 """The training loop."""
 
+import contextlib
 import functools
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,11 +102,24 @@ def compile_step(
         network = network.clone(freeze_ranges=step > setup.plan.range_steps)
     teacher = () if setup.teacher is None else (replicate(setup.teacher.variables, setup.mesh),)
     jitted = make_train_step(setup, network, mean=task.mean, std=task.std, frozen=step <= setup.plan.freeze_steps)
-    lowered = jitted.lower(state, batch, key, *teacher)
+    with _without_collector():
+        lowered = jitted.lower(state, batch, key, *teacher)
     traced = time.perf_counter()
     compiled = lowered.compile()
     seconds = {"trace": traced - start, "compile": time.perf_counter() - traced}
     return lambda state, batch, key: compiled(state, batch, key, *teacher), seconds
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Stop Python's garbage collector in this context. It takes a fifth of the time of tracing and finds nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def make_train_step(
