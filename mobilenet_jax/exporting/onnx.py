@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from mobilenet_jax.exporting.arithmetic import LARGEST, SMALLEST
 from mobilenet_jax.exporting.graph import (
     LOGITS,
     PIXELS,
@@ -30,8 +31,6 @@ from mobilenet_jax.exporting.quantized import Quantized, Scale
 
 _OPSET, _IR_VERSION = 20, 9  # the first with Gelu; ONNX Runtime has both since 1.17
 _FUNCTIONS = {"hard_swish": "HardSwish", "gelu": "Gelu", "sigmoid": "Sigmoid"}
-_CODES = 255  # steps between the smallest and the largest int8 code
-_LOWEST = -128
 
 
 def write_onnx(
@@ -213,5 +212,5 @@ class _Writer:
 
 def _saturates(activation: str, scale: Scale) -> bool:
     """Return true if the int8 codes cannot stand for numbers that the activation would change."""
-    highest = (_LOWEST + _CODES - scale.zero_point) * float(scale.scale)
-    return scale.zero_point == _LOWEST and (activation == "relu" or highest < 6 * (1 + 1e-5))
+    highest = (LARGEST - scale.zero_point) * float(scale.scale)
+    return scale.zero_point == SMALLEST and (activation == "relu" or highest < 6 * (1 + 1e-5))

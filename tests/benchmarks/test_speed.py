@@ -1,5 +1,6 @@
 """The command as a whole; its parts have tests of their own in this folder."""
 
+import importlib.metadata
 import json
 import sys
 import venv
@@ -55,6 +56,19 @@ def test_inference_beside_flax(capsys, tmp_path):
     ratio = seconds["flax"] / seconds["ours"]
     assert result["ratios"] == {"flax": {"median": ratio, "min": ratio, "max": ratio}}
     assert f"ours is {ratio:.2f} times as fast ({ratio:.2f}-{ratio:.2f})" in done.out
+
+
+def test_inference_beside_the_runtimes_of_exported_files(capsys, tmp_path):
+    pytest.importorskip("ai_edge_litert")
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "numbers.json"
+    done = run(capsys, *TINY, "--what=infer", "--against=litert,onnx", f"--json={file}")
+    (result,) = json.loads(file.read_text())["results"]
+    assert (done.code, result["failed"], result["absent"]) == (0, {}, {})
+    versions = {side: values["about"]["versions"] for side, values in result["sides"].items()}
+    installed = {name: importlib.metadata.version(name) for name in ("jax", "ai_edge_litert", "onnxruntime")}
+    assert versions == dict(zip(("ours", "litert", "onnx"), ({k: v} for k, v in installed.items()), strict=True))
+    assert set(result["ratios"]) == {"litert", "onnx"}
 
 
 def test_input_is_the_loader_and_every_augmentation(capsys, tmp_path):
