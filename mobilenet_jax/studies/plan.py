@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mobilenet_jax.models.cost import Cost
 from mobilenet_jax.studies.records import check_record, find_runs, read_record
+from mobilenet_jax.studies.sharing import find_finished
 from mobilenet_jax.studies.study import RunKey, Study
 from mobilenet_jax.training.plan import make_plan as make_run_plan
 
@@ -60,12 +61,14 @@ def make_plan(study: Study, workdir: Path, runs: Sequence[RunKey], *, needs_data
     costs = {variant: study.compute_cost(variant, num_classes) for variant in study.variants}
     records = {key: read_record(key.folder(workdir)) for key in known}
     done = {key: r["seconds"] for key, r in records.items() if r is not None and r["status"] == "finished"}
-    left = [key for key in runs if (record := records[key]) is None or record["status"] == "started"]
+    shared = {key for key in runs if records[key] is None and find_finished(study, key, workdir)}
+    left = [key for key in runs if key not in shared and ((r := records[key]) is None or r["status"] == "started")]
     length = f"time: not known without the data ({missing})"
     if info is not None:
         work = {key: estimate_work(study.make_config(key), costs[key.variant], info) for key in {*left, *done}}
         length = estimate_time(work, left, done)
     head = f"{study.name} on {config.data.source}: {len(runs)} runs, {len(left)} to do"
+    head += f", {len(shared)} finished in other studies" if shared else ""
     table = format_costs(study, {key.variant: costs[key.variant] for key in runs})
     return Plan(f"{head}\n\n{table}\n\n{length}", num_classes)
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from mobilenet_jax.cli.exit_codes import UsageError
 from mobilenet_jax.studies.records import read_record, write_record
+from mobilenet_jax.studies.sharing import find_finished, take_over
 from mobilenet_jax.studies.study import RunKey, Study
 from mobilenet_jax.training.config import flatten_config
 
@@ -56,6 +57,7 @@ def run_study(study: Study, workdir: Path, runs: Sequence[RunKey], num_classes: 
 def run_all(study: Study, workdir: Path, runs: Sequence[RunKey], num_classes: int) -> str | None:
     """Train each run that is free and not done; return the signal that stopped a run, or None.
 
+    A run that a study beside this one has finished is not trained: its results are copied.
     Passes over all runs repeat until one finds nothing to do, because another process may release a run meanwhile.
     """
     took_one = True
@@ -68,7 +70,12 @@ def run_all(study: Study, workdir: Path, runs: Sequence[RunKey], num_classes: in
                 if not mine or (record is not None and record["status"] != "started"):
                     continue
                 took_one = True
-                print(f"{study.name}: {key.variant}, seed {key.seed}, in {folder}", file=sys.stderr)
+                title = f"{study.name}: {key.variant}, seed {key.seed}"
+                if record is None and (source := find_finished(study, key, workdir)):
+                    print(f"{title}: the results of {source}, which has the same config", file=sys.stderr)
+                    take_over(study, key, workdir, source)
+                    continue
+                print(f"{title}, in {folder}", file=sys.stderr)
                 if stopped := run_one(study, key, workdir, num_classes):
                     return stopped
             report(study, workdir)
