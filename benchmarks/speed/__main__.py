@@ -23,7 +23,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="Sides: ours, and\n" + "\n".join(f"  {name:<7} {text}" for name, text in PEERS.items()),
+        epilog="Sides: ours, and\n" + "\n".join(f"  {name:<13} {text}" for name, text in PEERS.items()),
     )
     add = parser.add_argument
     models = ("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")

@@ -13,6 +13,7 @@ PEERS = {
     "flax": "our network as Flax's plain layers compute it, with grouped convolutions",
     "keras": "Keras on JAX",
     "torch": "torchvision, and timm for V1 and V4, channels_last",
+    "torch_compile": "the same under torch.compile",
     "litert": "our export in LiteRT (ai-edge-litert, with XNNPACK), inference only",
     "onnx": "our export in ONNX Runtime, inference only",
     "tfdata": "tf.data, input only",

@@ -9,9 +9,9 @@ from matplotlib.ticker import FormatStrFormatter, NullLocator
 from mobilenet_jax.plots import COLORS, make_figure, save, style_axes
 
 _COLORS: dict[str, str] = dict(
-    zip(("ours", "torch", "flax", "keras", "tfdata", "litert", "onnx"), COLORS, strict=False)
+    zip(("ours", "torch", "flax", "keras", "tfdata", "litert", "onnx", "torch_compile"), COLORS, strict=False)
 )
-_PEERS = ("torch", "keras", "flax", "litert", "onnx", "tfdata")  # the columns of the table
+_PEERS = ("torch", "torch_compile", "keras", "flax", "litert", "onnx", "tfdata")  # the columns of the table
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 

@@ -29,6 +29,7 @@ def run_case(case: Case, args: argparse.Namespace, images: str) -> dict:
         "workers": args.workers,
     }
     pythons = {peer: getattr(args, f"python_{peer}") for peer in FOREIGN}
+    pythons["torch_compile"] = args.python_torch
     measured = measure(
         message,
         sides,
@@ -63,7 +64,7 @@ def run_startup(args: argparse.Namespace) -> Iterator[dict]:
 def format_result(title: str, result: dict) -> str:
     """Format a title, a line for each side, and a line for each side that is absent or failed."""
     format_side = _format_start if result["what"] == "startup" else _format_side
-    lines = [title, *(f"  {side:<8}{format_side(side, result)}" for side in result["sides"])]
+    lines = [title, *(f"  {side:<14}{format_side(side, result)}" for side in result["sides"])]
     lines += [f"  {kind}: {text}" for kind in ("absent", "failed") for text in result[kind].values()]
     return "\n".join(lines)
 

@@ -16,7 +16,13 @@ from mobilenet_jax.cli.allocator import tuned_environment
 _ROOT = Path(__file__).resolve().parents[2]
 _WORKERS = Path(__file__).resolve().parent / "workers"
 _OWN_SIDES = ("ours", "flax", "litert", "onnx")
-_NETWORK = {"ours": "jax_worker.py", "flax": "jax_worker.py", "keras": "keras_worker.py", "torch": "torch_worker.py"}
+_NETWORK = {
+    "ours": "jax_worker.py",
+    "flax": "jax_worker.py",
+    "keras": "keras_worker.py",
+    "torch": "torch_worker.py",
+    "torch_compile": "torch_worker.py",
+}
 # For each kind of case, its sides and the file that each side runs.
 SIDES: dict[str, dict[str, str]] = {
     "train": _NETWORK,

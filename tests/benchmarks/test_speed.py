@@ -113,7 +113,7 @@ def test_scaling_moves_one_thing_at_a_time_from_its_base():
 @pytest.mark.parametrize(
     ("devices", "what", "expected"),
     [
-        (1, "train", ["ours", "flax", "keras", "torch"]),
+        (1, "train", ["ours", "flax", "keras", "torch", "torch_compile"]),
         (2, "train", ["ours", "flax"]),
         (1, "memory", ["ours", "flax"]),
         (1, "input", ["ours", "tfdata"]),
@@ -144,7 +144,7 @@ def test_startup_line_has_medians_and_the_range():
     result = {"what": "startup", "sides": sides, "absent": {}, "failed": {}}
     assert format_result("startup mobilenet_v2", result).splitlines() == [
         "startup mobilenet_v2",
-        "  cold           9.0 s (8.0-12.0): import 2.0, compile 6.0",
+        "  cold                 9.0 s (8.0-12.0): import 2.0, compile 6.0",
     ]
 
 
@@ -153,7 +153,7 @@ def test_startup_line_has_medians_and_the_range():
     [
         ("--what=trian", "'trian'; valid: train, infer, memory, scaling, input, startup"),
         ("--models=mobilenet_v5", "'mobilenet_v5'; valid: mobilenet_v1, "),
-        ("--against=jax", "'jax'; valid: flax, keras, torch, litert, onnx, tfdata"),
+        ("--against=jax", "'jax'; valid: flax, keras, torch, torch_compile, litert, onnx, tfdata"),
         ("--resolution=big", "invalid comma-separated int value: 'big'"),
         ("--rounds=0", "rounds, threads, photographs, widths, resolutions and batch sizes must be above 0"),
         ("--python_torch=/no/such/python", "/no/such/python is not a file"),

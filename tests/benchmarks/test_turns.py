@@ -150,6 +150,7 @@ def test_without_rounds_nothing_runs(sides, tmp_path):
     ("what", "side", "package"),
     [
         ("train", "torch", "torch"),
+        ("infer", "torch_compile", "torch"),
         ("infer", "keras", "keras"),
         ("infer", "litert", "ai_edge_litert"),
         ("infer", "onnx", "onnxruntime"),
