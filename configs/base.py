@@ -68,6 +68,11 @@ def get_config() -> ml_collections.ConfigDict:
     data.on_error = "stop"  # stop | skip, when training meets an unreadable image; evaluation always stops
     data.holdout = 0.0  # share of the training images held out; if above 0, evaluation uses these images
     data.workers = 0  # number of Grain worker processes; 0: threads of this process
+    # exact | fast: decode a JPEG that is much larger than needed at a half, a quarter or an eighth of its size
+    data.decode = "exact"
+    # resized: keep training images in memory as JPEGs whose shorter side is at most 2 * image_size, for
+    # crop="inception"; empty: keep none
+    data.cache = ""
     data.crop = "resize"  # of training images: inception | pad (shift by at most data.pad) | resize
     data.area_range = (0.08, 1.0)  # inception crop: share of the image's area
     data.aspect_range = (3 / 4, 4 / 3)  # inception crop: width over height

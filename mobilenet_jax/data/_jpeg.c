@@ -4,7 +4,10 @@ It is compiled if the installation finds a C compiler and the headers of libjpeg
 image above and beside the crop is parsed but not turned into pixels; the image below the crop is not parsed. The resize
 is the antialiased one of Pillow 13: weights have double precision and are rounded to 22 bits; lines are resized before
 columns or columns before lines, and both results are rounded to uint8. Everything that libjpeg reports, including
-warnings, is a failure here, and the caller lets Pillow decode the image. */
+warnings, is a failure here, and the caller lets Pillow decode the image.
+
+libjpeg can decode an image at a half, a quarter or an eighth of its size: it then computes fewer pixels of each block of
+8 x 8. The crop is a rectangle of the image of that size. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -45,7 +48,8 @@ typedef struct {
   jmp_buf escape;
   struct jpeg_decompress_struct decoder;
   Py_buffer data;
-  int left, top, width, height; /* of the crop, pixels */
+  int denominator;              /* 1, 2, 4 or 8: the image is decoded at 1 / denominator of its size */
+  int left, top, width, height; /* of the crop, pixels of the image of that size */
   int size, bicubic, mirrored;  /* of the result */
   Py_buffer out;                /* uint8 [size, size, 3] */
   uint8_t *line;                /* a decoded line, later a line of the second pass, RGBX */
@@ -193,7 +197,10 @@ static int run_read_crop(Job *job) {
   set_error_handlers(job);
   if (setjmp(job->escape)) return 0;
   read_header(job);
-  int right = (int)decoder->image_width - job->left, below = (int)decoder->image_height - job->top;
+  decoder->scale_num = 1;
+  decoder->scale_denom = job->denominator;
+  jpeg_calc_output_dimensions(decoder); /* each side is divided and rounded up */
+  int right = (int)decoder->output_width - job->left, below = (int)decoder->output_height - job->top;
   if (job->left < 0 || job->top < 0 || job->width < 1 || job->height < 1) return 0;
   if (job->width > right || job->height > below) return 0;
   decoder->out_color_space = JCS_EXT_RGBX;
@@ -252,9 +259,13 @@ static PyObject *read_crop(PyObject *module, PyObject *args) {
   Job job = {0};
   int done = 0;
   (void)module;
-  if (!PyArg_ParseTuple(args, "y*(iiii)ippw*", &job.data, &job.left, &job.top, &job.width, &job.height, &job.size,
-                        &job.bicubic, &job.mirrored, &job.out))
+  if (!PyArg_ParseTuple(args, "y*i(iiii)ippw*", &job.data, &job.denominator, &job.left, &job.top, &job.width,
+                        &job.height, &job.size, &job.bicubic, &job.mirrored, &job.out))
     return NULL;
+  if (job.denominator != 1 && job.denominator != 2 && job.denominator != 4 && job.denominator != 8) {
+    free_job(&job);
+    return PyErr_Format(PyExc_ValueError, "the denominator is %d; valid: 1, 2, 4, 8", job.denominator);
+  }
   if (job.size < 1 || job.out.len != (Py_ssize_t)job.size * job.size * 3) {
     free_job(&job);
     return PyErr_Format(PyExc_ValueError, "the result of a crop of %d pixels must be uint8[%d, %d, 3]", job.size, job.size,
@@ -271,8 +282,8 @@ static PyMethodDef methods[] = {
     {"measure", measure, METH_VARARGS,
      "measure(data) -> (height, width, whether it has Exif or XMP), or None if only Pillow can read it."},
     {"read_crop", read_crop, METH_VARARGS,
-     "read_crop(data, (left, top, width, height), size, bicubic, mirrored, out) -> whether out, uint8[size, size, 3], "
-     "was filled."},
+     "read_crop(data, denominator, (left, top, width, height), size, bicubic, mirrored, out) -> whether out, "
+     "uint8[size, size, 3], was filled. The rectangle lies in the image at 1 / denominator of its size."},
     {NULL, NULL, 0, NULL},
 };
 

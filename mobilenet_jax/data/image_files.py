@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mobilenet_jax.data.decode import UnreadableImageError, decode_image
+from mobilenet_jax.data.decode import UnreadableImageError, decode_scaled
 from mobilenet_jax.data.folders import SUFFIXES, is_image
 from mobilenet_jax.data.transforms import EvalTransform
 
@@ -62,7 +62,7 @@ def read_batches(
 def _read(path: Path, row: np.ndarray, *, transform: EvalTransform) -> str | None:
     """Fill a row of a batch; return the error if the image cannot be read."""
     try:
-        row[:] = transform(decode_image(path, name=str(path)))
+        row[:] = transform(*decode_scaled(path, name=str(path), least_side=transform.least_side))
     except UnreadableImageError as error:
         return " ".join(str(error).splitlines())
     return None

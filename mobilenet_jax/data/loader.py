@@ -16,10 +16,11 @@ import grain
 import numpy as np
 from absl import logging
 
-from mobilenet_jax.data.decode import CroppableJpeg, UnreadableImageError, can_crop, decode_image, open_croppable
+from mobilenet_jax.data.cache import ResizedImages
+from mobilenet_jax.data.decode import CroppableJpeg, UnreadableImageError, can_crop, decode_scaled, open_croppable
 from mobilenet_jax.data.pieces import Batch, BatchIterator
-from mobilenet_jax.data.sources import Record, Source, eval_split, open_source
-from mobilenet_jax.data.transforms import TrainTransform, make_eval_transform, make_train_transform
+from mobilenet_jax.data.sources import Record, Source, eval_split, is_encoded, open_source
+from mobilenet_jax.data.transforms import EvalTransform, TrainTransform, make_eval_transform, make_train_transform
 
 # A data set whose prepared images fit in this stays in memory after its first epoch. Each worker has its own copy, and
 # all copies together must fit.
@@ -28,11 +29,14 @@ ON_ERROR = ("stop", "skip")
 
 
 class _Reader:
-    """Reads, decodes and prepares images by index, and keeps the images of a small set in memory."""
+    """Reads, decodes and prepares images by index, and keeps the images of a small set in memory.
 
-    def __init__(self, source: Source, prepare: Callable[[np.ndarray], np.ndarray], *, copies: int):
-        self.source = source
-        self._prepare, self._copies = prepare, copies  # the number of processes that keep images; 0: none does
+    The transform says how images are prepared, and which pixels that needs. `copies` is the number of processes that
+    keep images; 0: none does.
+    """
+
+    def __init__(self, source: Source, transform: "TrainTransform | EvalTransform | _Identity", *, copies: int):
+        self.source, self._transform, self._copies = source, transform, copies
         self._kept: dict[int, tuple[np.ndarray, int]] = {}
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
@@ -45,19 +49,24 @@ class _Reader:
             return self._kept[index]
         record = self.source[index]
         if not isinstance(record.image, np.ndarray):
-            jpeg = open_croppable(record.image, name=record.name)
-            if jpeg is not None and not self._is_kept(math.prod(jpeg.shape)):
+            jpeg = open_croppable(record.image, name=record.name, or_whole=self._transform.scaled_from is not None)
+            if jpeg is not None and (self._is_scaled(jpeg) or not self._is_kept(math.prod(jpeg.shape))):
                 return jpeg, record.label
         return self._decode(index, record)
 
     def _decode(self, index: int, record: Record) -> tuple[np.ndarray, int]:
         image, label, name = record
+        extent = None
         if not isinstance(image, np.ndarray):
-            image = decode_image(image, name=name)
-        example = self._prepare(image), label
+            image, extent = decode_scaled(image, name=name, least_side=self._transform.least_side)
+        example = self._transform.prepare(image, extent), label
         if self._is_kept(example[0].nbytes):
             self._kept[index] = example
         return example
+
+    def _is_scaled(self, jpeg: CroppableJpeg) -> bool:
+        least = self._transform.scaled_from
+        return least is not None and min(jpeg.shape[:2]) >= least
 
     def _is_kept(self, size: int) -> bool:
         # Each image is judged by its own size, so that the limit holds without a lock and a running total.
@@ -67,9 +76,10 @@ class _Reader:
 class _Identity:
     """The transform of features, which are neither prepared nor augmented."""
 
-    crop = "none"
+    crop, least_side, scaled_from = "none", None, None
 
-    def prepare(self, features: np.ndarray) -> np.ndarray:
+    def prepare(self, features: np.ndarray, extent: Any = None) -> np.ndarray:
+        del extent
         return features
 
     def augment(self, features: Any, rng: np.random.Generator) -> np.ndarray:
@@ -88,7 +98,8 @@ class _TrainMaker:
 
     def __init__(
         self,
-        reader: _Reader,
+        source: Source,
+        read: Callable[[int], tuple[Any, int]],
         transform: TrainTransform | _Identity,
         *,
         blank: np.ndarray,
@@ -99,10 +110,9 @@ class _TrainMaker:
         process_count: int,
     ):
         self.size = size
-        self._reader, self._transform, self._blank = reader, transform, blank
+        self._source, self._read, self._transform, self._blank = source, read, transform, blank
         self._on_error, self._seed = on_error, seed
         self._process_index, self._process_count = process_index, process_count
-        self._read = reader.read_to_crop if transform.crop == "inception" else reader.read
         self._reported: set[str] = set()
 
     def allocate(self, rows: int) -> Batch:
@@ -115,7 +125,7 @@ class _TrainMaker:
 
     def _make_example(self, place: int) -> tuple[np.ndarray, int, int]:
         """Return the image, the label and the number of skipped images at a place of the stream."""
-        count = len(self._reader.source)
+        count = len(self._source)
         epoch, i = divmod(place, count)
         # All places have the same key; the counter gives each place 2^64 blocks of random numbers of its own.
         rng = np.random.Generator(np.random.Philox(key=self._seed, counter=(0, place, 0, 0)))
@@ -123,7 +133,7 @@ class _TrainMaker:
 
     def _read_and_augment(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int, int]:
         """Return the first readable image from `index` on, its label, and how many images were skipped before it."""
-        count = len(self._reader.source)
+        count = len(self._source)
         for skipped in range(count):
             try:
                 image, label = self._read((index + skipped) % count)
@@ -134,7 +144,7 @@ class _TrainMaker:
                 if str(error) not in self._reported:
                     self._reported.add(str(error))
                     logging.warning("Skipped: %s", error)
-        raise UnreadableImageError(f"none of the {count} images of {self._reader.source.name} can be read")
+        raise UnreadableImageError(f"none of the {count} images of {self._source.name} can be read")
 
 
 class TrainIterator(grain.DatasetIterator[Batch]):
@@ -234,13 +244,14 @@ def make_train_iterator(
     transform = _Identity() if features else make_train_transform(data_config)
     source = features or source or open_source(data_config, "train")
     workers = 0 if features else data_config.workers
-    if transform.crop == "inception" and not isinstance(source[0].image, np.ndarray) and not can_crop():
+    if transform.crop == "inception" and is_encoded(source) and not can_crop():
         logging.warning(
             "JPEGs are decoded whole, at half the speed: mobilenet_jax.data._jpeg was not built, because the "
             "installation found no C compiler or no headers of libjpeg-turbo"
         )
     maker = _TrainMaker(
-        _Reader(source, transform.prepare, copies=0 if features else max(1, workers)),
+        source,
+        _choose_reader(source, transform, copies=0 if features else max(1, workers)),
         transform,
         blank=_make_blank(data_config, features),
         on_error=data_config.on_error,
@@ -255,6 +266,14 @@ def make_train_iterator(
         threads=_count_threads(source),
         identity={"images": len(source), "batch_size": data_config.batch_size, "seed": seed},
     )
+
+
+def _choose_reader(source: Source, transform: TrainTransform | _Identity, *, copies: int) -> Callable:
+    """Return the function of an index that reads a training image and its label; `copies` processes keep images."""
+    if isinstance(transform, TrainTransform) and transform.cache and is_encoded(source):
+        return ResizedImages(source, transform, limit=MEMORY_BYTES // copies).read
+    reader = _Reader(source, transform, copies=copies)
+    return reader.read_to_crop if transform.crop == "inception" else reader.read
 
 
 class _EvalMaker:
@@ -339,7 +358,7 @@ def make_eval_batches(
     workers = 0 if features else data_config.workers
     # Only the split of evaluation is read more than once, and workers end with each reading.
     copies = int(workers == 0 and not features and split is None)
-    reader = _Reader(source, _Identity().prepare if features else make_eval_transform(data_config), copies=copies)
+    reader = _Reader(source, _Identity() if features else make_eval_transform(data_config), copies=copies)
     maker = _EvalMaker(
         reader,
         blank=_make_blank(data_config, features),
@@ -358,4 +377,4 @@ def _round_up(value: int, factor: int) -> int:
 def _count_threads(source: Source) -> int:
     """Return the number of threads that make batches if no workers do."""
     # Pillow decodes without the interpreter's lock, so threads help with encoded images. With arrays they do not.
-    return 1 if isinstance(source[0].image, np.ndarray) else min(8, os.cpu_count() or 1)
+    return min(8, os.cpu_count() or 1) if is_encoded(source) else 1

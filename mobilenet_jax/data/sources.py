@@ -36,6 +36,11 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
+def is_encoded(source: Source) -> bool:
+    """Return whether the images of a source are files or their bytes, not pixels."""
+    return not isinstance(source[0].image, np.ndarray)
+
+
 class DataInfo(NamedTuple):
     """Facts about the data that a run needs before it reads any image."""
 

@@ -32,6 +32,7 @@ def predict(
     *,
     top: int = 5,
     batch_size: int = 32,
+    decode: str = "exact",
 ) -> Iterator[Prediction]:
     """Yield the most probable classes of each image, in order, with the preprocessing of the weights' card.
 
@@ -40,20 +41,24 @@ def predict(
       images: files and folders; of a folder, the images that `list_images` finds.
       top: the number of answers for an image, at most the number of classes.
       batch_size: the number of images computed at once. The last batch is padded, so one program is compiled.
+      decode: exact, or fast: decode large JPEGs at a part of their size, as `EvalTransform.least_side` says.
 
     Raises:
       ValueError: an impossible value, a folder without images, or weights without classes; before any image is read.
     """
+    from mobilenet_jax.data.decode import DECODES
     from mobilenet_jax.data.image_files import list_images
     from mobilenet_jax.data.transforms import EvalTransform
     from mobilenet_jax.exporting.contract import Exported
     from mobilenet_jax.models.cost import compute_cost
+    from mobilenet_jax.models.spec import check_choice
     from mobilenet_jax.weights.card import read_preprocessing
 
     card, spec = (weights.card, weights.spec) if isinstance(weights, Exported) else (weights[2], weights[0].spec)
     for key, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{key} is {value}; valid: 1 or more")
+    check_choice("decode", decode, DECODES)
     if not spec.num_classes:
         raise ValueError(f"the weights {card['name']} have no classifier, and so no classes")
     if spec.in_channels != 3:
@@ -61,7 +66,7 @@ def predict(
     given = read_preprocessing(card, source=f"the weights {card['name']}")
     compute_cost(spec, given.image_size)  # raises if the image is too small
     files, top = list_images(images), min(top, spec.num_classes)
-    transform = EvalTransform(given.image_size, given.crop_share, given.interpolation, given.squash)
+    transform = EvalTransform(given.image_size, given.crop_share, given.interpolation, given.squash, decode)
     if isinstance(weights, Exported):
         classify = _open_file(weights, given.mean, given.std, top=top)
     else:

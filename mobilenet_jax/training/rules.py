@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
+from mobilenet_jax.data.cache import CACHES
+from mobilenet_jax.data.decode import DECODES
 from mobilenet_jax.data.loader import ON_ERROR
 from mobilenet_jax.data.transforms import CROPS, INTERPOLATIONS
 from mobilenet_jax.models.cpu import IMPLEMENTATIONS
@@ -138,6 +140,8 @@ RULES: dict[str, Rule] = {
     "data.on_error": _one_of(ON_ERROR),
     "data.holdout": _SHARE,
     "data.workers": _at_least(0, high=1024, unit="processes"),
+    "data.decode": _one_of(DECODES),
+    "data.cache": Rule(lambda value: value in CACHES, "resized, or empty"),
     "data.crop": _one_of(CROPS),
     "data.area_range": _numbers(
         2, lambda low, high: 0 < low <= high <= 1, "two rising shares above 0, up to 1", "share of the area"

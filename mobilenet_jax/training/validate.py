@@ -45,6 +45,11 @@ def check_data(data_config) -> None:
     check_rules(data_config, "data")
     if data_config.crop == "pad" and data_config.pad >= data_config.image_size:
         raise ValueError(f"data.pad is {data_config.pad}; valid: less than data.image_size, {data_config.image_size}")
+    if data_config.cache and data_config.crop != "inception":
+        raise ValueError(
+            f"data.cache is {data_config.cache!r}, data.crop {data_config.crop!r}; valid: '' unless data.crop is "
+            "inception, because other crops keep prepared images, which are smaller"
+        )
 
 
 def check_divides(key: str, size: float, device_count: int) -> None:

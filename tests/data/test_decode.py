@@ -11,8 +11,17 @@ import PIL
 import pytest
 from PIL import Image
 
+from benchmarks.speed.photographs import load_sources
 from mobilenet_jax.data import decode
-from mobilenet_jax.data.decode import UnreadableImageError, decode_image, open_croppable
+from mobilenet_jax.data.decode import (
+    UnreadableImageError,
+    choose_denominator,
+    decode_image,
+    decode_scaled,
+    open_croppable,
+    scale_box,
+)
+from mobilenet_jax.data.transforms import EvalTransform, draw_crop
 
 needs_extension = pytest.mark.skipif(
     not decode.can_crop(), reason="mobilenet_jax.data._jpeg was not built (it needs a C compiler and libjpeg-turbo)"
@@ -424,3 +433,251 @@ def test_an_image_of_millions_of_parts_is_refused(kind):
         decode_image(data[:place] + part * 1_000_000 + data[place:], name="a")
     assert time.process_time() - begun < 10
     assert decode_image(data[:place] + part * 10 + data[place:], name="a").shape == (8, 8, 3)
+
+
+# JPEGs decoded at a part of their size
+
+
+def test_the_denominator_is_the_largest_that_leaves_enough():
+    for side in range(1, 300):
+        for least in range(1, 80):
+            denominator = choose_denominator(side, least)
+            assert denominator == max([d for d in (2, 4, 8) if side / d >= least], default=1)
+
+
+def test_a_scaled_box_stays_within_the_image_and_keeps_its_least_side():
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        height, width = (int(side) for side in rng.integers(1, 400, size=2))
+        w, h = int(rng.integers(1, width + 1)), int(rng.integers(1, height + 1))
+        box = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+        assert scale_box(box, 1) == box
+        for denominator in (2, 4, 8):
+            left, top, right, bottom = (edge * denominator for edge in to_edges(scale_box(box, denominator)))
+            exact = to_edges(box)
+            assert np.abs(np.subtract((left, top, right, bottom), exact)).max() <= denominator / 2
+            assert left >= 0
+            assert top >= 0
+            assert right // denominator <= -(-width // denominator)
+            assert bottom // denominator <= -(-height // denominator)
+            assert right - left >= w // denominator * denominator
+            assert bottom - top >= h // denominator * denominator
+
+
+def to_edges(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    return box[0], box[1], box[0] + box[2], box[1] + box[3]
+
+
+def photographs(copies: int) -> list[bytes]:
+    """Photographs as JPEGs whose sides are no multiples of 8, each with that many mirrored copies along a side."""
+    found = []
+    for image in load_sources().values():
+        pixels = np.asarray(image)
+        more = [(0, side * (copies - 1)) for side in pixels.shape[:2]]
+        pixels = np.pad(pixels, (*more, (0, 0)), mode="symmetric")
+        height, width = (side // 8 * 8 - cut for side, cut in zip(pixels.shape, (3, 5), strict=False))
+        found.append(encode(Image.fromarray(pixels[:height, :width]), "JPEG", quality=92))
+    return found
+
+
+def differ(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return np.abs(first.astype(int) - second)
+
+
+def test_fast_crops_are_close_to_exact_ones_and_equal_where_nothing_is_scaled():
+    rng, found = np.random.default_rng(0), {}
+    for copies, size in ((1, 32), (1, 64), (3, 64)):
+        for data in photographs(copies):
+            jpeg = open_croppable(data, name="a", or_whole=True)
+            assert jpeg is not None
+            for i in range(20):
+                box = draw_crop(jpeg.shape[:2], rng, area_range=(0.08, 1), aspect_range=(3 / 4, 4 / 3))
+                options: dict = {"size": size, "bicubic": i % 2 == 0, "mirrored": i % 3 == 0}
+                difference = differ(
+                    jpeg.resize_crop(box, **options, fast=True), jpeg.resize_crop(box, **options, fast=False)
+                )
+                found.setdefault(choose_denominator(min(box[2:]), 2 * size), []).append(difference)
+    assert found.keys() == {1, 2, 4, 8}
+    assert not any(difference.any() for difference in found.pop(1))
+    for differences in found.values():
+        assert len(differences) >= 10
+        assert 0.5 < np.mean([difference.mean() for difference in differences]) < 4
+        assert max(difference.mean() for difference in differences) < 8
+        assert max(difference.max() for difference in differences) < 80
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("squash", [False, True])
+def test_fast_evaluation_is_close_to_the_exact_one(interpolation, squash):
+    used = set()
+    for copies, size, crop_share in ((1, 32, 0.875), (1, 64, 1.0), (2, 48, 0.875), (3, 64, 0.875)):
+        transform = EvalTransform(size, crop_share, interpolation, squash, "fast")
+        for data in photographs(copies):
+            whole = decode_image(data, name="a")
+            pixels, extent = decode_scaled(data, name="a", least_side=transform.least_side)
+            denominator = choose_denominator(min(whole.shape[:2]), 2 * int(size / crop_share))
+            used.add(denominator)
+            assert pixels.shape == (*(-(-side // denominator) for side in whole.shape[:2]), 3)
+            difference = differ(transform.prepare(pixels, extent), transform.prepare(whole))
+            assert difference.mean() < (1 if denominator > 1 else 1e-9)
+            assert difference.max() < 15
+    assert used >= {2, 4, 8}
+
+
+def test_fast_evaluation_of_long_images_is_close_to_the_exact_one():
+    pixels = np.concatenate([np.asarray(image.resize((96, 300))) for image in load_sources().values()] * 5)
+    transform = EvalTransform(16, 0.8, "bilinear", squash=False, decode="fast")
+    for turned in (pixels, pixels.swapaxes(0, 1)):
+        assert max(turned.shape) > 8 * min(turned.shape)
+        data = encode(Image.fromarray(np.ascontiguousarray(turned[:-3, :-3])), "JPEG", quality=92)
+        scaled, extent = decode_scaled(data, name="a", least_side=transform.least_side)
+        assert extent is not None
+        difference = differ(transform.prepare(scaled, extent), transform.prepare(decode_image(data, name="a")))
+        assert difference.mean() < 1.5
+        assert difference.max() < 20
+
+
+def test_nothing_is_scaled_for_exact_and_for_nearest():
+    assert EvalTransform(224, 0.875, "bilinear", squash=False).least_side is None
+    assert EvalTransform(224, 0.875, "nearest", squash=True, decode="fast").least_side is None
+    assert EvalTransform(224, 0.875, "bicubic", squash=False, decode="fast").least_side == 512
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(160, 240), (157, 235)])
+def test_a_turned_jpeg_is_scaled_as_the_upright_one(orientation, size):
+    """The crop of a turned photograph is that of the same photograph stored upright, but for the rounding of JPEG."""
+    upright = np.asarray(next(iter(load_sources().values())).resize(size[::-1]))
+    turned = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright, 1),
+        7: upright.swapaxes(0, 1)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(np.ascontiguousarray(turned)), "JPEG", quality=98, subsampling=0, exif=exif)
+    whole = decode_image(data, name="a")
+    transform = EvalTransform(24, 1.0, "bilinear", squash=False, decode="fast")
+    pixels, extent = decode_scaled(data, name="a", least_side=transform.least_side)
+    assert pixels.shape == (-(-size[0] // 2), -(-size[1] // 2), 3)
+    assert extent is not None
+    assert (extent[2] - extent[0], extent[3] - extent[1]) == (size[1] / 2, size[0] / 2)
+    difference = differ(transform.prepare(pixels, extent), transform.prepare(whole))
+    assert difference.mean() < 1.2
+    assert difference.max() < 20
+    jpeg = open_croppable(data, name="a", or_whole=True)
+    assert jpeg is not None
+    assert (jpeg.shape, jpeg.plain) == (whole.shape, orientation == 1)
+    assert jpeg.in_part == (orientation == 1 and decode.can_crop())
+    options: dict = {"size": 24, "bicubic": False, "mirrored": False}
+    crop = (20, 10, 130, 120)
+    assert differ(jpeg.resize_crop(crop, **options, fast=True), jpeg.resize_crop(crop, **options)).mean() < 8
+
+
+@needs_extension
+@needs_pillow_13
+@pytest.mark.parametrize("kind", KINDS)
+def test_fast_crops_are_the_same_without_the_extension(kind, monkeypatch):
+    size = (64, 64) if kind == "4:4:0" else (93, 131)
+    image = photograph(*size).convert("L" if kind == "grey" else "RGB")
+    data = encode(image, "JPEG", quality=92, **KINDS[kind])
+    data = as_440(data) if kind == "4:4:0" else data
+    jpeg = open_croppable(data, name="a")
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "_jpeg", None)
+        assert open_croppable(data, name="a") is None
+        slow = open_croppable(data, name="a", or_whole=True)
+    assert jpeg is not None
+    assert slow is not None
+    assert (slow.shape, slow.plain, slow.in_part) == (jpeg.shape, True, False)
+    rng, used = np.random.default_rng(0), set()
+    for i in range(80):
+        height, width = (int(rng.integers(8, side + 1)) for side in size)
+        box = int(rng.integers(size[1] - width + 1)), int(rng.integers(size[0] - height + 1)), width, height
+        target = int(rng.integers(1, 12))
+        used.add(choose_denominator(min(width, height), 2 * target))
+        options: dict = {"size": target, "bicubic": i % 2 == 0, "mirrored": i % 3 == 0, "fast": True}
+        np.testing.assert_array_equal(jpeg.resize_crop(box, **options), slow.resize_crop(box, **options))
+    assert used == {1, 2, 4, 8}
+
+
+def test_cmyk_and_animated_photographs_are_scaled_by_pillow():
+    image = photograph(160, 240)
+    jpeg = open_croppable(encode(image.convert("CMYK"), "JPEG", quality=95), name="a", or_whole=True)
+    assert jpeg is not None
+    assert (jpeg.shape, jpeg.plain, jpeg.in_part) == ((160, 240, 3), False, False)
+    options: dict = {"size": 16, "bicubic": False, "mirrored": False}
+    box = (16, 8, 128, 144)
+    assert choose_denominator(128, 32) == 4
+    assert differ(jpeg.resize_crop(box, **options, fast=True), jpeg.resize_crop(box, **options)).mean() < 3
+    # Phones write MPO, a JPEG with further images behind it.
+    mpo = encode(image, "MPO", save_all=True, append_images=[Image.new("RGB", (240, 160))], quality=95)
+    assert decode_scaled(mpo, name="a", least_side=40)[0].shape == (40, 60, 3)
+    assert decode_image(mpo, name="a").shape == (160, 240, 3)
+    png = encode(image)
+    assert open_croppable(png, name="a", or_whole=True) is None
+    pixels, extent = decode_scaled(png, name="a", least_side=40)
+    assert extent is None
+    np.testing.assert_array_equal(pixels, np.asarray(image))
+
+
+def test_damaged_and_huge_jpegs_are_refused_when_scaled_as_when_not():
+    plain = encode(photograph(160, 240), "JPEG")
+    frame = plain.index(b"\xff\xc0")
+    bomb = plain[: frame + 5] + struct.pack(">HH", 65000, 65000) + plain[frame + 9 :]
+    scans = encode(photograph(160, 240), "JPEG", progressive=True)
+    scans = scans[:-2] + scans[list_scans(scans)[-1] : -2] * 30_000 + b"\xff\xd9"
+    for data, said in ((bomb, "decompression bomb"), (scans, "scans of 38,400 pixels"), (plain[:-400], "a cannot be")):
+        with pytest.raises(UnreadableImageError, match=said):
+            decode_scaled(data, name="a", least_side=20)
+        with pytest.raises(UnreadableImageError, match=said):
+            decode_image(data, name="a")
+    assert open_croppable(bomb, name="a", or_whole=True) is None
+    assert open_croppable(scans, name="a", or_whole=True) is None
+    truncated = open_croppable(plain[:-400], name="a", or_whole=True)
+    assert truncated is not None
+    with pytest.raises(UnreadableImageError, match="a cannot be decoded"):
+        truncated.resize_crop((0, 0, 240, 160), size=16, bicubic=False, mirrored=False, fast=True)
+
+
+@needs_extension
+@needs_pillow_13
+def test_damaged_jpegs_fare_alike_with_and_without_the_extension_when_scaled():
+    rng, fates = np.random.default_rng(2), {"refused": 0, "read": 0}
+    for i in range(120):
+        damaged = bytearray(encode(photograph(64, 80), "JPEG", progressive=i % 2 == 0))
+        for position in rng.integers(2, len(damaged) - 2, size=rng.integers(1, 6)):
+            damaged[position] = rng.integers(256)
+        jpeg = open_croppable(bytes(damaged), name="a.jpg")
+        if jpeg is None:
+            continue
+        height, width, _ = jpeg.shape
+        whole = outcome(lambda data: decode_scaled(data, name="a.jpg", least_side=32)[0], bytes(damaged))
+        if choose_denominator(min(height, width), 32) == 1:
+            continue
+        crop = outcome(jpeg.resize_crop, (0, 0, width, height), size=16, bicubic=False, mirrored=False, fast=True)
+        fates["refused" if isinstance(crop, str) else "read"] += 1
+        if isinstance(whole, str) or isinstance(crop, str):
+            assert crop == whole
+        else:
+            _, _, w, h = scale_box((0, 0, width, height), choose_denominator(min(height, width), 32))
+            np.testing.assert_array_equal(
+                crop, Image.fromarray(whole[:h, :w]).resize((16, 16), Image.Resampling.BILINEAR)
+            )
+    assert min(fates.values()) >= 3, fates
+
+
+@needs_extension
+def test_the_extension_refuses_other_denominators():
+    data = encode(photograph(16, 16), "JPEG")
+    out = np.empty((4, 4, 3), np.uint8)
+    for denominator in (-1, 0, 3, 16):
+        with pytest.raises(ValueError, match=f"the denominator is {denominator}; valid: 1, 2, 4, 8"):
+            decode._jpeg.read_crop(data, denominator, (0, 0, 1, 1), 4, False, False, out)  # pyright: ignore[reportOptionalMemberAccess]
+    assert decode._jpeg.read_crop(data, 8, (0, 0, 2, 2), 4, False, False, out)  # pyright: ignore[reportOptionalMemberAccess]
+    assert not decode._jpeg.read_crop(data, 8, (0, 0, 3, 2), 4, False, False, out)  # pyright: ignore[reportOptionalMemberAccess]

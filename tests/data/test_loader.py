@@ -444,11 +444,11 @@ def decoded(monkeypatch) -> list[str]:
     """The names of the images that the loader decodes."""
     names = []
 
-    def decode_image(data, *, name: str) -> np.ndarray:
+    def decode_scaled(data, *, name: str, least_side: int | None):
         names.append(name)
-        return decode.decode_image(data, name=name)
+        return decode.decode_scaled(data, name=name, least_side=least_side)
 
-    monkeypatch.setattr(loader, "decode_image", decode_image)
+    monkeypatch.setattr(loader, "decode_scaled", decode_scaled)
     return names
 
 
