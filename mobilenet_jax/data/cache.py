@@ -27,8 +27,9 @@ _OVERHEAD = 600  # bytes that Python takes for an image beside its data
 class ResizedImages:
     """Reads the images of a source, which are encoded, as small JPEGs, and keeps as many of these as fit in memory.
 
-    A copy has the same pixels whenever it is made, so it does not matter which images are kept. Threads may share this.
-    A worker process that gets a copy of it begins with none.
+    A copy has the same pixels whenever it is made, so it does not matter which images are kept. The pixels of a crop
+    differ from those of the same part of the original by 1.5 grey levels in the mean, in photographs (the tests measure
+    it). Threads may share this. A worker process that gets a copy of it begins with none.
 
     Args:
       source: the images.

@@ -210,9 +210,9 @@ class CroppableJpeg:
 
         With `fast`, the image is decoded at 1 / `choose_denominator` of its size, and the rectangle is that of
         `scale_box`. With a denominator of 1, the result is the same, bit for bit. Otherwise the pixels of photographs
-        differ by 2 grey levels in the mean, by 7 in the mean of the worst crop, and single ones by up to 70, because
-        the edges of the rectangle move by up to a quarter of a pixel of the result. With and without the extension, the
-        result is the same. (The tests measure all of this.)
+        differ by 2 to 3 grey levels in the mean, by 7 in the mean of the worst crop, and single ones by up to 70,
+        because the edges of the rectangle move by up to a quarter of a pixel of the result. With and without the
+        extension, the result is the same. (The tests measure all of this.)
 
         Args:
           box: pixels of the image in its full size.

@@ -1,6 +1,7 @@
 import gc
 import json
 import logging as python_logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -380,6 +381,58 @@ def test_a_jpeg_that_proves_damaged_at_its_crop_stops_training_or_is_skipped(pho
     assert sorted(batch["skipped"].tolist()) == [0] * 9 + [1]
 
 
+@pytest.mark.parametrize("image_size", [24, 8])
+def test_a_fast_stream_has_the_draws_of_the_exact_one_and_its_pixels_where_nothing_is_scaled(photographs, image_size):
+    photographs |= {"image_size": image_size, "batch_size": 6, "erasing": 0.5}
+    exact, fast = take(5, **photographs), take(5, decode="fast", **photographs)
+    if 4 * image_size > 70:  # the shorter side of all photographs
+        assert_equal(fast, exact)
+        return
+    differences = []
+    for a, b in zip(exact, fast, strict=True):
+        np.testing.assert_array_equal(a["labels"], b["labels"])
+        differences += [np.abs(x.astype(int) - y).mean() for x, y in zip(a["images"], b["images"], strict=True)]
+    assert 0.1 < np.mean(differences) < 6  # after other draws, colours and noise would differ by 50
+    assert np.percentile(differences, 95) < 20
+
+
+def test_a_fast_stream_is_the_same_without_the_extension_with_workers_and_with_more_memory(photographs, monkeypatch):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for number in (1, 5):
+        file = Path(photographs["path"]) / "train" / "a" / f"{number:03}.jpg"
+        with Image.open(file) as image:
+            image.save(file, exif=turned)
+    photographs |= {"image_size": 8, "decode": "fast", "batch_size": 6}
+    fast = take(4, **photographs)
+    assert_equal(fast, take(4, workers=2, **photographs))
+    for size in (2**20, 0):
+        monkeypatch.setattr(loader, "MEMORY_BYTES", size)
+        assert_equal(fast, take(4, **photographs))
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "_jpeg", None)
+            assert_equal(fast, take(4, **photographs))
+
+
+@pytest.mark.parametrize("crop", ["pad", "resize"])
+def test_fast_decoding_of_whole_images_is_close_in_training_and_evaluation(photographs, decoded, crop):
+    shutil.copytree(Path(photographs["path"]) / "train", Path(photographs["path"]) / "test")
+    options = {**photographs, "image_size": 12, "crop": crop, "crop_share": 0.875, "batch_size": 10}
+    exact, fast = take(1, **options), take(1, **options, decode="fast")
+    both = []
+    for values in ({}, {"decode": "fast"}):
+        batches, _ = loader.make_eval_batches(data_config(**options, **values), process_index=0, process_count=1)
+        both.append(list(batches))
+    for a, b in ((exact, fast), both):
+        assert [batch.keys() for batch in a] == [batch.keys() for batch in b]
+        for first, second in zip(a, b, strict=True):
+            difference = np.abs(first["images"].astype(int) - second["images"])
+            assert 0 < difference.mean() < 2
+            assert difference.max() < 25
+            np.testing.assert_array_equal(first["labels"], second["labels"])
+    assert {least_side for _, least_side in decoded} == {None, 26}
+
+
 # Evaluation
 
 
@@ -440,16 +493,16 @@ def test_evaluation_sees_the_holdout_where_there_is_one(folder):
 
 
 @pytest.fixture
-def decoded(monkeypatch) -> list[str]:
-    """The names of the images that the loader decodes."""
-    names = []
+def decoded(monkeypatch) -> list[tuple[str, int | None]]:
+    """The names of the images that the loader decodes, and the pixels that their shorter sides need."""
+    images = []
 
     def decode_scaled(data, *, name: str, least_side: int | None):
-        names.append(name)
+        images.append((name, least_side))
         return decode.decode_scaled(data, name=name, least_side=least_side)
 
     monkeypatch.setattr(loader, "decode_scaled", decode_scaled)
-    return names
+    return images
 
 
 def test_what_is_kept_in_memory_stays_within_the_limit(folder, decoded, monkeypatch):

@@ -74,6 +74,12 @@ def test_each_key_has_a_rule_that_accepts_its_default():
         ({"data__holdout": 1.0}, r"data\.holdout is 1\.0; valid: from 0 up to, not including, 1"),
         ({"data__image_size": 0}, r"data\.image_size is 0; valid: 1 or more"),
         ({"data__crop": "center"}, r"data\.crop is 'center'; valid: inception, pad, resize$"),
+        ({"data__decode": "draft"}, r"data\.decode is 'draft'; valid: exact, fast$"),
+        ({"data__cache": "disk", "data__crop": "inception"}, r"data\.cache is 'disk'; valid: resized, or empty$"),
+        (
+            {"data__cache": "resized", "data__crop": "pad"},
+            r"data\.cache is 'resized', data\.crop 'pad'; valid: '' unless data\.crop is inception, because",
+        ),
         ({"data__interpolation": "lanczos"}, r"data\.interpolation is 'lanczos'; valid: nearest, bilinear, bicubic$"),
         ({"data__crop_share": 0.0}, r"data\.crop_share is 0\.0; valid: above 0, up to 1"),
         ({"data__crop_share": 1.5}, r"data\.crop_share is 1\.5"),
