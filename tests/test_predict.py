@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.mutate import write_image
+from benchmarks.speed.photographs import load_sources
 from mobilenet_jax import predict as command
 from mobilenet_jax.predict import main, predict
 from mobilenet_jax.weights.load import load_weights
@@ -78,6 +79,23 @@ def test_text_json_and_csv_say_the_same(capsys, file, tmp_path, write_images):
     for row, (path, rank, answer) in zip(rows, flat, strict=True):
         assert (row["path"], row["rank"], row["class"]) == (str(path), str(rank), answer.name)
         assert float(row["probability"]) == pytest.approx(answer.probability, rel=1e-5)
+
+
+def test_the_flag_decode_is_that_of_python(capsys, file, tmp_path):
+    path = tmp_path / "large.jpg"
+    next(iter(load_sources().values())).resize((400, 300)).save(path, quality=92)
+    shown = {}
+    for decode in ("exact", "fast"):
+        code, out, _ = run(capsys, f"--weights={file}", path, "--json", f"--decode={decode}")
+        (prediction,) = predict(load_weights(file), [path], decode=decode)
+        assert code == 0
+        shown[decode] = [entry["probability"] for entry in json.loads(out)[0]["classes"]]
+        assert shown[decode] == pytest.approx([answer.probability for answer in prediction.answers], rel=1e-5)
+    assert (
+        json.loads(run(capsys, f"--weights={file}", path, "--json")[1])[0]["classes"][0]["probability"]
+        == shown["exact"][0]
+    )
+    assert shown["exact"] != shown["fast"]
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ same round.
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 from benchmarks.speed.cases import PEERS, WHAT
+from benchmarks.speed.photographs import SIZE
 from benchmarks.speed.run import FOREIGN, measure_all
 from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
 from mobilenet_jax.models.spec import check_choice
@@ -48,6 +50,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=2, help="cores that all sides run on; default: 2")
     add("--options", type=_options, default={}, help='options of create_model: \'{"dtype": "bfloat16"}\'')
     add("--photographs", type=int, default=2000, help="JPEGs that are made for input; default: 2000")
+    add(
+        "--photograph_size",
+        metavar="WIDTHxHEIGHT",
+        type=_size,
+        default=SIZE,
+        help="pixels of the JPEGs, such as 4000x3000; default: 500x375",
+    )
     add("--workers", type=int, default=0, help="data.workers of our loader; default: 0")
     for peer in FOREIGN:
         add(f"--python_{peer}", metavar="PYTHON", type=_program, help=f"the interpreter in which {peer} runs")
@@ -85,6 +94,13 @@ def _options(text: str) -> dict:
     if not isinstance(options, dict) or "lowering" in options:
         raise argparse.ArgumentTypeError(f"{text!r}; {valid}")
     return options
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}; valid: WIDTHxHEIGHT in pixels, up to 9999x9999, such as 4000x3000")
+    return int(found[1]), int(found[2])
 
 
 def _program(text: str) -> str:

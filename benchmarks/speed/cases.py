@@ -17,6 +17,8 @@ PEERS = {
     "litert": "our export in LiteRT (ai-edge-litert, with XNNPACK), inference only",
     "onnx": "our export in ONNX Runtime, inference only",
     "tfdata": "tf.data, input only",
+    "ours_fast": "our loader with data.decode = fast, input only",
+    "ours_resized": "our loader with data.cache = resized, which has all photographs in memory, input only",
 }
 # `scaling` changes one of these keys at a time; the other keys have the first value of their flags.
 SCALING = {

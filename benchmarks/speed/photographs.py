@@ -1,4 +1,4 @@
-"""A folder of JPEGs of ImageNet's size, cut from photographs that installed packages contain."""
+"""A folder of JPEGs, cut from photographs that installed packages contain."""
 
 import importlib.util
 from pathlib import Path
@@ -10,28 +10,42 @@ SIZE = (500, 375)  # width, height in pixels: the most frequent size in ILSVRC 2
 QUALITY = 92
 
 
-def write_photographs(folder: Path, count: int) -> dict:
-    """Write `count` JPEGs of 500x375 pixels and quality 92 to FOLDER/train/photographs, the same ones every time.
+def write_photographs(folder: Path, count: int, size: tuple[int, int] = SIZE) -> dict:
+    """Write `count` JPEGs of quality 92 to FOLDER/train/photographs, the same ones every time.
 
     Each is a random part of a photograph of scikit-image or scikit-learn, with 60% to 100% of its width. If neither
-    package is installed, the photograph is noise with the 1/f spectrum of natural images (Field 1987).
+    package is installed, the photograph is noise with the 1/f spectrum of natural images (Field 1987). A part that is
+    larger than 500x375 pixels is one of a mosaic of mirrored copies: enlarged photographs would have less detail in a
+    pixel than those of a camera, and would be decoded faster.
+
+    Args:
+      folder: an empty folder.
+      count: the number of files.
+      size: width and height, pixels.
 
     Returns:
       {"sources": names, "count", "mean_bytes": mean size of a file}.
     """
-    sources = load_sources()
+    copies = max(1, min(side // own for side, own in zip(size, SIZE, strict=True)))
+    sources = {name: _repeat(image, copies) for name, image in load_sources().items()}
     target = folder / "train" / "photographs"
     target.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for number in range(count):
         image = list(sources.values())[number % len(sources)]
-        width = rng.uniform(0.6, 1) * min(image.width, image.height * SIZE[0] / SIZE[1])
-        height = width * SIZE[1] / SIZE[0]
+        width = rng.uniform(0.6, 1) * min(image.width, image.height * size[0] / size[1])
+        height = width * size[1] / size[0]
         left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
-        part = image.resize(SIZE, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        part = image.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
         part.save(target / f"{number:05d}.jpg", quality=QUALITY)
     mean = sum(file.stat().st_size for file in target.iterdir()) / count
     return {"sources": list(sources), "count": count, "mean_bytes": round(mean)}
+
+
+def _repeat(image: Image.Image, copies: int) -> Image.Image:
+    """Return a mosaic of an image with that many mirrored copies along each side."""
+    height, width = image.height * (copies - 1), image.width * (copies - 1)
+    return Image.fromarray(np.pad(np.asarray(image), ((0, height), (0, width), (0, 0)), mode="symmetric"))
 
 
 def load_sources() -> dict[str, Image.Image]:

@@ -125,7 +125,7 @@ def measure_all(args: argparse.Namespace) -> int:
         if "input" in args.what:
             from benchmarks.speed.photographs import write_photographs
 
-            report["photographs"] = write_photographs(Path(folder), args.photographs)
+            report["photographs"] = write_photographs(Path(folder), args.photographs, args.photograph_size)
         for case in cases:
             add(str(case), run_case(case, args, folder))
         for result in run_startup(args) if "startup" in args.what else ():

@@ -15,7 +15,8 @@ from mobilenet_jax.cli.allocator import tuned_environment
 
 _ROOT = Path(__file__).resolve().parents[2]
 _WORKERS = Path(__file__).resolve().parent / "workers"
-_OWN_SIDES = ("ours", "flax", "litert", "onnx")
+_OWN_SIDES = ("ours", "ours_fast", "ours_resized", "flax", "litert", "onnx")
+_LOADER = dict.fromkeys(("ours", "ours_fast", "ours_resized"), "loader_worker.py")
 _NETWORK = {
     "ours": "jax_worker.py",
     "flax": "jax_worker.py",
@@ -28,7 +29,7 @@ SIDES: dict[str, dict[str, str]] = {
     "train": _NETWORK,
     "infer": {**_NETWORK, "litert": "runtime_worker.py", "onnx": "runtime_worker.py"},
     "memory": {"ours": "jax_worker.py", "flax": "jax_worker.py"},  # the peers do not report the memory of a step
-    "input": {"ours": "loader_worker.py", "tfdata": "tfdata_worker.py"},
+    "input": {**_LOADER, "tfdata": "tfdata_worker.py"},
     "augment": {"ours": "loader_worker.py"},
 }
 
@@ -150,7 +151,7 @@ def start_worker(side: str, case: Mapping, *, python: str) -> Worker:
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # so that compile times are those of a first run
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
-    if side == "ours":  # as main sets it; the peers run as their users run them
+    if side in _LOADER:  # as main sets it; the peers run as their users run them
         environment |= tuned_environment()
     if side in _OWN_SIDES:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))

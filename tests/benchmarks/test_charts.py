@@ -39,6 +39,14 @@ def test_bars_show_medians_and_lines_show_the_range(tmp_path, figures):
         assert (image.format, image.width) == ("PNG", 1080)
 
 
+def test_our_loader_with_other_keys_has_columns_and_bars(tmp_path):
+    ratios = {side: {"median": 0.5, "min": 0.4, "max": 0.6} for side in ("ours_fast", "ours_resized")}
+    result = make_result("input", ratios=ratios)
+    result["sides"] |= {side: {"images_per_second": 20.0} for side in ratios}
+    assert "| ours | ours_fast | ours_resized |" in format_table([result])
+    assert draw_all([result], tmp_path) == [tmp_path / "ratios.png"]
+
+
 def test_curve_is_cost_against_resolution_beside_the_prediction_by_multiply_adds(tmp_path, figures):
     results = [make_result("scaling", resolution=size, rate=rate) for size, rate in ((224, 10), (112, 20), (56, 50))]
     assert draw_all(results, tmp_path) == [tmp_path / "resolution.png"]

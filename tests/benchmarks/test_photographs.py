@@ -31,6 +31,17 @@ def test_same_photographs_every_time(tmp_path):
     assert read(tmp_path / "a") == read(tmp_path / "b")
 
 
+def test_large_photographs_have_as_much_detail_in_a_pixel(tmp_path):
+    small = write_photographs(tmp_path / "small", 5)
+    large = write_photographs(tmp_path / "large", 5, (1600, 1200))
+    for file in sorted((tmp_path / "large" / "train" / "photographs").iterdir()):
+        with Image.open(file) as image:
+            assert image.size == (1600, 1200)
+    # An enlarged photograph would take a third of the bytes for each pixel.
+    pixels = 1600 * 1200 / (500 * 375)
+    assert 0.7 < large["mean_bytes"] / small["mean_bytes"] / pixels < 1.4
+
+
 def test_photographs_of_installed_packages_are_used(monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "sklearn")

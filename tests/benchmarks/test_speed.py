@@ -73,13 +73,33 @@ def test_inference_beside_the_runtimes_of_exported_files(capsys, tmp_path):
 
 def test_input_is_the_loader_and_every_augmentation(capsys, tmp_path):
     file = tmp_path / "numbers.json"
-    argv = [*TINY, "--what=input", "--photographs=8", "--against=", f"--json={file}"]
+    argv = [*TINY, "--what=input", "--photographs=8", "--photograph_size=600x450", f"--json={file}"]
+    argv += ["--against=ours_fast,ours_resized"]
     done = run(capsys, *argv)
     report = json.loads(file.read_text())
     assert done.code == 0
     assert [r["name"] for r in report["results"]] == ["Inception crop and flip", *AUGMENTATIONS]
     assert report["photographs"]["count"] == 8
     assert all(r["sides"]["ours"]["images_per_second"] > 0 for r in report["results"])
+    first, *others = report["results"]
+    assert report["flags"]["photograph_size"] == [600, 450]
+    assert all(values["images_per_second"] > 0 for values in first["sides"].values())
+    assert set(first["ratios"]) == {"ours_fast", "ours_resized"}
+    assert all(set(result["sides"]) == {"ours"} for result in others)
+    # The photographs have twenty times the pixels that crops of 32 px need.
+    assert first["ratios"]["ours_resized"]["median"] < 1
+
+
+@pytest.mark.parametrize("size", ["4000", "0x3", "axb", "-1x5", "100000x1"])
+def test_sizes_that_are_none_are_refused(capsys, size):
+    with pytest.raises(SystemExit):
+        parse([f"--photograph_size={size}"])
+    assert "valid: WIDTHxHEIGHT in pixels" in capsys.readouterr().err
+
+
+def test_what_workers_keep_is_not_measured(capsys):
+    done = run(capsys, *TINY, "--what=input", "--photographs=4", "--against=ours_resized", "--workers=1")
+    assert "  absent: ours_resized: what workers keep in memory would be lost after each turn" in done.out
 
 
 def test_side_that_failed_is_named_and_the_exit_code_is_1(capsys):
@@ -116,7 +136,7 @@ def test_scaling_moves_one_thing_at_a_time_from_its_base():
         (1, "train", ["ours", "flax", "keras", "torch", "torch_compile"]),
         (2, "train", ["ours", "flax"]),
         (1, "memory", ["ours", "flax"]),
-        (1, "input", ["ours", "tfdata"]),
+        (1, "input", ["ours", "tfdata", "ours_fast", "ours_resized"]),
         (1, "augment", ["ours"]),
     ],
 )

@@ -1,4 +1,5 @@
 import collections
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from PIL import Image, ImageEnhance
 
 from configs import base
 from mobilenet_jax.data import transforms
-from mobilenet_jax.data.decode import decode_image
+from mobilenet_jax.data.decode import decode_image, open_croppable
 
 
 def data_config(**values) -> Any:
@@ -137,6 +138,19 @@ def test_inception_crop_shows_the_drawn_rectangle():
     rng = np.random.default_rng(3)
     result = transforms.crop_inception(image, rng, size=32, interpolation="bicubic", flip=False, **options)
     np.testing.assert_array_equal(result, expected)
+
+
+def test_fast_crops_draw_as_exact_ones():
+    file = io.BytesIO()
+    Image.fromarray(noise(160, 240)).save(file, "JPEG")
+    jpeg = open_croppable(file.getvalue(), name="a", or_whole=True)
+    assert jpeg is not None
+    options: dict = {"area_range": (0.08, 1), "aspect_range": (3 / 4, 4 / 3), "interpolation": "bilinear", "flip": True}
+    for seed in range(30):
+        fast, exact = np.random.default_rng(seed), np.random.default_rng(seed)
+        transforms.crop_inception(jpeg, fast, size=16, fast=True, **options)
+        transforms.crop_inception(decode_image(file.getvalue(), name="a"), exact, size=16, **options)
+        assert fast.bit_generator.state == exact.bit_generator.state
 
 
 def test_shift_moves_every_way_equally_over_black():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.mutate import IMAGES, write_image
+from benchmarks.speed.photographs import load_sources
 from mobilenet_jax.data.decode import decode_image
 from mobilenet_jax.data.transforms import EvalTransform
 from mobilenet_jax.inference import predict as predict_module
@@ -121,6 +122,26 @@ def test_photographs_of_several_kinds_of_file_are_read(tiny_weights, tmp_path):
         write_image(tmp_path / name)
     predictions = list(predict(tiny_weights, [tmp_path / name for name in IMAGES]))
     assert [p.path.name for p in predictions if p.error] == ["other.tiff"]
+
+
+def test_fast_decoding_changes_large_jpegs_a_little_and_nothing_else(tiny_weights, tmp_path, write_images):
+    model, variables, card = tiny_weights
+    small, *_ = write_images(tmp_path, 1)
+    large = tmp_path / "large.jpg"
+    next(iter(load_sources().values())).resize((400, 300)).save(large, quality=92)
+    nearest = {**card, "preprocessing": {**card["preprocessing"], "interpolation": "nearest"}}
+    found = {}
+    for name, own in (("filtered", card), ("nearest", nearest)):
+        for decode in ("exact", "fast"):
+            predictions = predict((model, variables, own), [small, large], decode=decode)
+            found[name, decode] = [[p.answers[i].probability for i in range(3)] for p in predictions]
+    np.testing.assert_array_equal(found["nearest", "exact"], found["nearest", "fast"])
+    exact, fast = found["filtered", "exact"], found["filtered", "fast"]
+    assert exact[0] == fast[0]
+    assert exact[1] != fast[1]
+    np.testing.assert_allclose(exact[1], fast[1], atol=0.01)
+    with pytest.raises(ValueError, match=r"^decode is 'draft'; valid: exact, fast$"):
+        predict(tiny_weights, [small], decode="draft")
 
 
 def test_weights_that_cannot_predict_are_refused_before_an_image_is_read(tiny_weights):

@@ -401,6 +401,18 @@ def test_changes_of_unprotected_keys_are_named(tmp_path, iterator, caplog):
     assert len(said) == 2
 
 
+def test_a_checkpoint_from_before_decode_and_cache_is_continued_also_with_other_values(tmp_path, iterator, caplog):
+    save(tmp_path, make_state(1), iterator)
+    older = Checkpoints(tmp_path, keep=2)
+    config = {key: value for key, value in flat_config().items() if key not in ("data.decode", "data.cache")}
+    older.save(2, make_state(2), iterator, {"config": config, "class_names": ["a", "b"], "train": {"loss": [0.1, 3.0]}})
+    older.close()
+    with caplog.at_level(logging.INFO, logger="absl"):
+        restored, _ = restore(tmp_path, iterator, config={"data.decode": "fast"})
+    assert_same_bits(restored, make_state(2))
+    assert "data.decode was None and is 'fast' since the checkpoint of step 2" in caplog.messages
+
+
 def test_a_checkpoint_that_does_not_fit_is_one_sentence(tmp_path, iterator, monkeypatch):
     save(tmp_path, make_state(1), iterator)
     with monkeypatch.context() as patch:

@@ -6,13 +6,15 @@ import time
 from typing import Any
 
 import numpy as np
-from protocol import Run, serve
+from protocol import Run, UnsupportedError, serve
 
 from configs import base
 from mobilenet_jax.cli.allocator import describe_allocator
 from mobilenet_jax.data.transforms import make_train_transform
 
 MIXES = ("mixup", "cutmix")
+# The keys of config.data in which the sides of `input` differ.
+KEYS = {"ours": {}, "ours_fast": {"decode": "fast"}, "ours_resized": {"cache": "resized"}}
 
 
 def load(case: dict) -> tuple[Run, dict]:
@@ -21,8 +23,8 @@ def load(case: dict) -> tuple[Run, dict]:
     data = config.data
     data.update({"image_size": case["resolution"], "batch_size": case["batch_size"], "flip": True, "crop": "inception"})
     if case["what"] == "input":
-        data.update({"source": "folder", "path": case["images"], "workers": case["workers"]})
-        return load_input(data), {"malloc": describe_allocator()}
+        data.update({"source": "folder", "path": case["images"], "workers": case["workers"], **KEYS[case["side"]]})
+        return (load_kept if data.cache else load_input)(data), {"malloc": describe_allocator()}
     key, value = case["name"].split("=")
     if key in MIXES:
         return load_mix(case, {key: float(value)}), {}
@@ -38,15 +40,42 @@ def load_input(data) -> Run:
 
     def run(batches: int) -> float:
         iterator = loader.make_train_iterator(data, seed=0, process_index=0, process_count=1)
-        next(iterator)
-        start = time.perf_counter()
-        for _ in range(batches):
-            next(iterator)
-        seconds = time.perf_counter() - start
+        seconds = time_batches(iterator, batches)
         iterator.close()
         return seconds
 
     return run
+
+
+def load_kept(data) -> Run:
+    """Load the training loader with data.cache and read an epoch; prefetched batches are dropped as in `load_input`."""
+    from mobilenet_jax.data import loader
+    from mobilenet_jax.data.sources import open_source
+
+    if data.workers:
+        raise UnsupportedError("what workers keep in memory would be lost after each turn; valid: --workers=0")
+    # The sizes of the copies are not known in advance. A gigabyte for each 2,000 photographs is more than enough.
+    source = open_source(data, "train")
+    loader.MEMORY_BYTES = max(loader.MEMORY_BYTES, len(source) * 2**19)
+    iterator = loader.make_train_iterator(data, seed=0, process_index=0, process_count=1, source=source)
+    for _ in range(-(-len(source) // data.batch_size)):
+        next(iterator)
+
+    def run(batches: int) -> float:
+        seconds = time_batches(iterator, batches)
+        iterator.set_state(iterator.get_state())  # ends the threads
+        return seconds
+
+    return run
+
+
+def time_batches(iterator, count: int) -> float:
+    """Return the seconds of `count` batches after the first one, which starts the threads or the workers."""
+    next(iterator)
+    start = time.perf_counter()
+    for _ in range(count):
+        next(iterator)
+    return time.perf_counter() - start
 
 
 def load_augment(data) -> Run:
