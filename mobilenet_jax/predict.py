@@ -13,6 +13,7 @@ from mobilenet_jax.cli.allocator import restart_tuned
 from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
 from mobilenet_jax.cli.flags import add_cache_flag, add_weights_flags
 from mobilenet_jax.cli.startup import configure_memory, show_own_messages
+from mobilenet_jax.data import DECODES
 from mobilenet_jax.inference.formats import print_predictions
 from mobilenet_jax.inference.predict import Answer, Prediction, predict
 
@@ -21,8 +22,6 @@ __all__ = ["Answer", "Prediction", "main", "predict"]
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the flags; argparse ends the program if it cannot understand them."""
-    from mobilenet_jax.data.decode import DECODES
-
     parser = argparse.ArgumentParser(
         prog="python -m mobilenet_jax.predict", description="Print the most probable classes of images."
     )
@@ -36,7 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--decode",
         choices=DECODES,
-        default="exact",
+        default=DECODES[0],
         help="fast: decode large JPEGs at a half, a quarter or an eighth of their size; default: %(default)s",
     )
     add_cache_flag(parser)

@@ -10,8 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.speed.cases import PEERS, WHAT
-from benchmarks.speed.photographs import SIZE
+from benchmarks.speed.cases import PEERS, PHOTOGRAPH, WHAT
 from benchmarks.speed.run import FOREIGN, measure_all
 from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
 from mobilenet_jax.models.spec import check_choice
@@ -54,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--photograph_size",
         metavar="WIDTHxHEIGHT",
         type=_size,
-        default=SIZE,
+        default=PHOTOGRAPH,
         help="pixels of the JPEGs, such as 4000x3000; default: 500x375",
     )
     add("--workers", type=int, default=0, help="data.workers of our loader; default: 0")

@@ -37,6 +37,9 @@ AUGMENTATIONS = (
 )
 
 
+PHOTOGRAPH = (500, 375)  # width, height in pixels: the most frequent size in ILSVRC 2012
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One thing to measure, on every side that supports it."""

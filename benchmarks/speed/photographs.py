@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIZE = (500, 375)  # width, height in pixels: the most frequent size in ILSVRC 2012
+from benchmarks.speed.cases import PHOTOGRAPH
+
 QUALITY = 92
 
 
-def write_photographs(folder: Path, count: int, size: tuple[int, int] = SIZE) -> dict:
+def write_photographs(folder: Path, count: int, size: tuple[int, int] = PHOTOGRAPH) -> dict:
     """Write `count` JPEGs of quality 92 to FOLDER/train/photographs, the same ones every time.
 
     Each is a random part of a photograph of scikit-image or scikit-learn, with 60% to 100% of its width. If neither
@@ -26,7 +27,7 @@ def write_photographs(folder: Path, count: int, size: tuple[int, int] = SIZE) ->
     Returns:
       {"sources": names, "count", "mean_bytes": mean size of a file}.
     """
-    copies = max(1, min(side // own for side, own in zip(size, SIZE, strict=True)))
+    copies = max(1, min(side // own for side, own in zip(size, PHOTOGRAPH, strict=True)))
     sources = {name: _repeat(image, copies) for name, image in load_sources().items()}
     target = folder / "train" / "photographs"
     target.mkdir(parents=True)

@@ -17,7 +17,6 @@ from mobilenet_jax.data.decode import OVERSAMPLING, CroppableJpeg, decode_scaled
 from mobilenet_jax.data.sources import Record, Source
 from mobilenet_jax.data.transforms import TrainTransform
 
-CACHES = ("", "resized")
 _SIDES = 2  # the shorter side of a copy over data.image_size
 _QUALITY = 95  # of the JPEG, without subsampling of the chroma
 _LONGEST = 65_500  # pixels of a side, libjpeg's limit

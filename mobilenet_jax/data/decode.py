@@ -33,10 +33,8 @@ _large_images = threading.Lock()
 # The formats of image data sets. Pillow's other readers never see untrusted bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
-DECODES = ("exact", "fast")
-# "fast" decodes a JPEG at a half, a quarter or an eighth of its size, if the sides are still this many times those of
-# the result: then the antialiased resize averages at least this many pixels in each direction, as it does with all
-# pixels.
+# data.decode = "fast" decodes a JPEG at a half, a quarter or an eighth of its size, if the sides are still this many
+# times those of the result: then the antialiased resize averages at least this many pixels in each direction.
 OVERSAMPLING = 2
 
 Extent = tuple[float, float, float, float]  # left, top, right, bottom

@@ -46,7 +46,7 @@ def predict(
     Raises:
       ValueError: an impossible value, a folder without images, or weights without classes; before any image is read.
     """
-    from mobilenet_jax.data.decode import DECODES
+    from mobilenet_jax.data import DECODES
     from mobilenet_jax.data.image_files import list_images
     from mobilenet_jax.data.transforms import EvalTransform
     from mobilenet_jax.exporting.contract import Exported

@@ -7,8 +7,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from mobilenet_jax.data.cache import CACHES
-from mobilenet_jax.data.decode import DECODES
+from mobilenet_jax.data import CACHES, DECODES
 from mobilenet_jax.data.loader import ON_ERROR
 from mobilenet_jax.data.transforms import CROPS, INTERPOLATIONS
 from mobilenet_jax.models.cpu import IMPLEMENTATIONS

@@ -59,7 +59,7 @@ def folder(tmp_path) -> dict:
         image = photographs[i % len(photographs)].resize((40, 31) if i % 4 == 3 else (203 + i, 151 - i))
         path = tmp_path / "train" / "ab"[i % 2] / f"{i:02}.{('jpg', 'png', 'jpg', 'jpg')[i % 4]}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, **({"exif": turned} if i % 4 == 2 else {}), quality=92)
+        image.save(path, exif=turned if i % 4 == 2 else Image.Exif(), quality=92)
     return {"source": "folder", "path": str(tmp_path), "flip": True, "color_jitter": 0.4, "batch_size": 5}
 
 
@@ -152,7 +152,7 @@ def test_a_copy_is_a_small_upright_jpeg_of_high_quality(folder):
             assert image.quantization == other.quantization  # pyright: ignore[reportAttributeAccessIssue]
             assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3  # pyright: ignore[reportAttributeAccessIssue]
             assert "exif" not in image.info
-        filtered = Image.fromarray(original).resize(copy.shape[1::-1], Image.Resampling.BILINEAR)
+        filtered = Image.fromarray(original).resize((copy.shape[1], copy.shape[0]), Image.Resampling.BILINEAR)
         difference = np.abs(decode_image(copy.data, name="a").astype(int) - np.asarray(filtered))
         assert difference.mean() < 2.5
 
@@ -266,7 +266,8 @@ def test_an_unreadable_image_stops_training_or_is_skipped(folder):
 
 
 def test_arrays_are_read_as_without_the_cache():
-    for options in ({"source": "digits"}, {"source": "fake:20", "num_classes": 3}):
+    for source in ("digits", "fake:20"):
+        options: dict = {"source": source, "num_classes": 3}
         assert_equal(take(2, **options), take(2, **options, cache=""))
 
 

@@ -606,7 +606,7 @@ def test_fast_crops_are_the_same_without_the_extension(kind, monkeypatch):
     assert used == {1, 2, 4, 8}
 
 
-def test_cmyk_and_animated_photographs_are_scaled_by_pillow():
+def test_photographs_in_cmyk_and_with_images_behind_them_are_scaled_by_pillow():
     image = photograph(160, 240)
     jpeg = open_croppable(encode(image.convert("CMYK"), "JPEG", quality=95), name="a", or_whole=True)
     assert jpeg is not None
@@ -619,6 +619,10 @@ def test_cmyk_and_animated_photographs_are_scaled_by_pillow():
     mpo = encode(image, "MPO", save_all=True, append_images=[Image.new("RGB", (240, 160))], quality=95)
     assert decode_scaled(mpo, name="a", least_side=40)[0].shape == (40, 60, 3)
     assert decode_image(mpo, name="a").shape == (160, 240, 3)
+    end = mpo.index(b"\xff\xd9")
+    for least_side in (None, 40):
+        with pytest.raises(UnreadableImageError, match=r"a cannot be decoded: it has 30002 scans of 38,400 pixels"):
+            decode_scaled(mpo[:end] + b"\xff\xda" * 30_000 + mpo[end:], name="a", least_side=least_side)
     png = encode(image)
     assert open_croppable(png, name="a", or_whole=True) is None
     pixels, extent = decode_scaled(png, name="a", least_side=40)
@@ -630,8 +634,7 @@ def test_damaged_and_huge_jpegs_are_refused_when_scaled_as_when_not():
     plain = encode(photograph(160, 240), "JPEG")
     frame = plain.index(b"\xff\xc0")
     bomb = plain[: frame + 5] + struct.pack(">HH", 65000, 65000) + plain[frame + 9 :]
-    scans = encode(photograph(160, 240), "JPEG", progressive=True)
-    scans = scans[:-2] + scans[list_scans(scans)[-1] : -2] * 30_000 + b"\xff\xd9"
+    scans = plain[:-2] + b"\xff\xda" * 30_000 + b"\xff\xd9"
     for data, said in ((bomb, "decompression bomb"), (scans, "scans of 38,400 pixels"), (plain[:-400], "a cannot be")):
         with pytest.raises(UnreadableImageError, match=said):
             decode_scaled(data, name="a", least_side=20)

@@ -131,7 +131,7 @@ def test_inception_crop_falls_back_to_the_centre():
 
 def test_inception_crop_shows_the_drawn_rectangle():
     image = noise(40, 60)
-    options = {"area_range": (0.3, 0.6), "aspect_range": (0.5, 2.0)}
+    options: dict = {"area_range": (0.3, 0.6), "aspect_range": (0.5, 2.0)}
     left, top, width, height = transforms.draw_crop((40, 60), np.random.default_rng(3), **options)
     crop = Image.fromarray(image[top : top + height, left : left + width])
     expected = np.asarray(crop.resize((32, 32), Image.Resampling.BICUBIC))
