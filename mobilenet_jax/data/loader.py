@@ -270,10 +270,12 @@ def make_train_iterator(
 
 def _choose_reader(source: Source, transform: TrainTransform | _Identity, *, copies: int) -> Callable:
     """Return the function of an index that reads a training image and its label; `copies` processes keep images."""
+    reader = _Reader(source, transform, copies=copies)
+    if transform.crop != "inception":
+        return reader.read
     if isinstance(transform, TrainTransform) and transform.cache and is_encoded(source):
         return ResizedImages(source, transform, limit=MEMORY_BYTES // copies).read
-    reader = _Reader(source, transform, copies=copies)
-    return reader.read_to_crop if transform.crop == "inception" else reader.read
+    return reader.read_to_crop
 
 
 class _EvalMaker:
