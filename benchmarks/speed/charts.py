@@ -11,7 +11,9 @@ from mobilenet_jax.plots import COLORS, make_figure, save, style_axes
 _COLORS: dict[str, str] = dict(
     zip(("ours", "torch", "flax", "keras", "tfdata", "litert", "onnx", "torch_compile"), COLORS, strict=False)
 )
-_PEERS = ("torch", "torch_compile", "keras", "flax", "litert", "onnx", "tfdata")  # the columns of the table
+_COLORS |= {"ours_tflite": _COLORS["litert"], "ours_onnx": _COLORS["onnx"]}  # never beside their runtimes' own sides
+# The columns of the table. Our command with an exported file is a side like the peers.
+_PEERS = ("torch", "torch_compile", "keras", "flax", "litert", "onnx", "tfdata", "ours_tflite", "ours_onnx")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks.speed.workers.protocol import Run, serve
+from benchmarks.speed.workers.protocol import Run, measure_peak, serve
 from mobilenet_jax.cli.allocator import describe_allocator
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import MobileNet, create_model
@@ -37,7 +37,7 @@ def load(case: dict) -> tuple[Run, dict]:
         "temporary_bytes": memory.temp_size_in_bytes,  # of one device
         "temporary_bytes_per_image": memory.temp_size_in_bytes * jax.device_count() / count,
     }
-    return run, about
+    return run, {**about, **(measure_peak(run) if case["what"] == "memory" else {})}
 
 
 def load_training(model: MobileNet, images: np.ndarray):
