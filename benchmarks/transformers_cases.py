@@ -1,4 +1,4 @@
-"""Write cases for `benchmarks/parity.py`: MobileNets of Hugging Face transformers with random weights, and their logits.
+"""Write cases for `benchmarks/parity.py`: MobileNets of Hugging Face transformers, with random weights and logits.
 
     TRANSFORMERS_VENV/bin/python benchmarks/transformers_cases.py CASES
     python benchmarks/parity.py CASES
