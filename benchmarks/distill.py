@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.transfer import run, write_results
+from mobilenet_jax.cli.allocator import restart_tuned
 from mobilenet_jax.cli.config import apply_preprocessing, load_config, split_overrides
 from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
 from mobilenet_jax.training.evaluate import evaluate_weights
@@ -92,4 +93,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_tuned()
     sys.exit(main())

@@ -1,6 +1,7 @@
 """Compare answers with other frameworks: `python benchmarks/parity.py [FOLDER_OF_CASES] [--case=NAME] [--json]`.
 
-A case is a folder with a framework's weights and its answers to inputs (`case*.npz`: input, logits, features). A row
+A case is a folder with a framework's weights and its answers to inputs (`case*.npz`: input, logits, features if there
+are any); `benchmarks/transformers_cases.py` writes some. A row
 has the largest difference of any tensor over the largest absolute value of the reference. The limit is 1e-4.
 """
 
@@ -8,6 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,9 +30,10 @@ def compare_case(folder: Path, case: str, *, lowering: str, file: str | None = N
         reference = {name: arrays[name] for name in arrays if name == "logits" or name.startswith("features_")}
         images = arrays["input"]
     names = tuple(name.removeprefix("features_") for name in reference if name != "logits")
-    logits, features = jax.jit(model.clone(precision="highest").apply, static_argnames="features")(
+    answers: Any = jax.jit(model.clone(precision="highest").apply, static_argnames="features")(
         variables, images, features=names
     )
+    logits, features = answers if names else (answers, {})
     found = {"logits": logits, **{f"features_{name}": values for name, values in features.items()}}
     return {name: float(np.abs(found[name] - value).max() / np.abs(value).max()) for name, value in reference.items()}
 
@@ -49,10 +52,11 @@ def main() -> int:
         for case in sorted(path.name for path in folder.glob("case*.npz")):
             for lowering in LOWERINGS:
                 found = rows[f"{folder.name}/{case}/{lowering}"] = compare_case(folder, case, lowering=lowering)
-                features = max(value for name, value in found.items() if name != "logits")
+                features = [value for name, value in found.items() if name != "logits"]
                 if not flags.json:
                     what = f"{folder.name:<32}{case:<15}{lowering:<10}"
-                    print(f"{what}{found['logits']:>10.1e}{features:>10.1e}", flush=True)
+                    last = f"{max(features):.1e}" if features else "-"
+                    print(f"{what}{found['logits']:>10.1e}{last:>10}", flush=True)
     if flags.json:
         print(json.dumps(rows))
     worst = max((max(found.values()) for found in rows.values()), default=np.inf)

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mobilenet_jax.cli.allocator import restart_tuned
 from mobilenet_jax.cli.config import load_config
 from mobilenet_jax.cli.exit_codes import get_exit_code
 from mobilenet_jax.data.loader import make_eval_batches
@@ -185,4 +186,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_tuned()
     sys.exit(main())

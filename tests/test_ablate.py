@@ -113,16 +113,18 @@ def read_files(workdir: Path) -> dict[str, object]:
 @pytest.mark.slow
 def test_a_study_killed_and_continued_leaves_the_same_files(tiny, tmp_path, capsys, monkeypatch):
     """Compare a study that SIGTERM stops in the first run and death in the second with a study that nothing stops."""
-    command = [tiny, "--only=relu6", "--seeds=2", f"--workdir={tmp_path / 'whole'}"]
+    # A study takes over finished runs from studies beside its workdir, so the two lie in different folders.
+    whole, parts = tmp_path / "undisturbed" / "study", tmp_path / "stopped_twice" / "study"
+    command = [tiny, "--only=relu6", "--seeds=2", f"--workdir={whole}"]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert (tmp_path / "whole" / "table.md").read_text() in printed
-    whole = read_files(tmp_path / "whole")
-    rows = whole["results.csv"]
+    assert (whole / "table.md").read_text() in printed
+    expected = read_files(whole)
+    rows = expected["results.csv"]
     assert isinstance(rows, list)
     assert [(row["variant"], row["seed"]) for row in rows] == [("relu6", "0"), ("relu6", "1")]
     for row in rows:
-        result = json.loads((tmp_path / "whole" / row["variant"] / f"seed_{row['seed']}" / "result.json").read_text())
+        result = json.loads((whole / row["variant"] / f"seed_{row['seed']}" / "result.json").read_text())
         assert {key: str(result[key]) for key in ("top1", "loss", "params", "count")} == {
             key: row[key] for key in ("top1", "loss", "params", "count")
         }
@@ -132,7 +134,7 @@ def test_a_study_killed_and_continued_leaves_the_same_files(tiny, tmp_path, caps
 
     def write_and_stop(self, step, values):
         write(self, step, values)
-        started = sorted(path.parent.name for path in (tmp_path / "parts" / "relu6").glob("seed_*/run.json"))
+        started = sorted(path.parent.name for path in (parts / "relu6").glob("seed_*/run.json"))
         if (started, step) == (["seed_0"], 2) and not (tmp_path / "stopped").exists():
             (tmp_path / "stopped").touch()
             signal.raise_signal(signal.SIGTERM)
@@ -141,24 +143,24 @@ def test_a_study_killed_and_continued_leaves_the_same_files(tiny, tmp_path, caps
             raise Killed
 
     monkeypatch.setattr(MetricsWriter, "write", write_and_stop)
-    command[-1] = f"--workdir={tmp_path / 'parts'}"
+    command[-1] = f"--workdir={parts}"
     assert main(command) == 0
     assert "SIGTERM: saved; the same command continues" in capsys.readouterr().err
-    assert not (tmp_path / "parts" / "table.md").exists()  # no run has finished
+    assert not (parts / "table.md").exists()  # no run has finished
     with pytest.raises(Killed):
         main(command)
-    record = read_record(tmp_path / "parts" / "relu6" / "seed_1")
+    record = read_record(parts / "relu6" / "seed_1")
     assert record is not None
     assert record["status"] == "started"
     assert main(command) == 0
     assert "1 to do" in capsys.readouterr().out
-    assert read_files(tmp_path / "parts") == whole
+    assert read_files(parts) == expected
 
     # If all runs are finished, the command changes nothing. It refuses another config.
-    before = {name: (tmp_path / "parts" / name).read_bytes() for name in FILES}
+    before = {name: (parts / name).read_bytes() for name in FILES}
     assert main(command) == 0
     assert "2 runs, 0 to do" in capsys.readouterr().out
-    assert {name: (tmp_path / "parts" / name).read_bytes() for name in FILES} == before
+    assert {name: (parts / name).read_bytes() for name in FILES} == before
     said = refuse(capsys, *command, "--config.train.label_smoothing=0.1")
     assert "relu6/seed_0 was run with another config: train.label_smoothing was 0.0 and is 0.1; restore it" in said
     assert main([*command, "--dry_run", "--config.data.data_dir=/elsewhere", "--seeds=4"]) == 0

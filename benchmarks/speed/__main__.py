@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=2.0, help="approximate length of a turn; default: 2")
     add("--threads", type=int, default=2, help="cores that all sides run on; default: 2")
     add("--options", type=_options, default={}, help='options of create_model: \'{"dtype": "bfloat16"}\'')
-    add("--photographs", type=int, default=2000, help="JPEGs that are made for input; default: 2000")
+    add("--photographs", type=int, default=2000, help="JPEGs that are made for input and predict; default: 2000")
     add(
         "--photograph_size",
         metavar="WIDTHxHEIGHT",

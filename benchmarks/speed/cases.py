@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.zoo import MODELS, make_spec
 
-WHAT = ("train", "infer", "memory", "scaling", "input", "startup")
+WHAT = ("train", "infer", "memory", "scaling", "input", "predict", "startup")
 PEERS = {
     "flax": "our network as Flax's plain layers compute it, with grouped convolutions",
     "keras": "Keras on JAX",
@@ -59,7 +59,7 @@ class Case:
 
 
 def make_cases(args: argparse.Namespace) -> Iterator[Case]:
-    """Yield the cases that the flags ask for, in order. Start-up is not a case, because it has no sides."""
+    """Yield the cases that the flags ask for, in order. Start-up and predictions are whole commands, not cases."""
     sizes = {"resolution": args.resolution[0], "batch_size": args.batch_size[0]}
     for group in args.what:
         if group == "input":
@@ -71,7 +71,7 @@ def make_cases(args: argparse.Namespace) -> Iterator[Case]:
                 base = Case(group=group, what="train", name=model, width=args.width[0], **sizes)
                 moved = (replace(base, **{key: value}) for key, values in SCALING.items() for value in values)
                 yield from dict.fromkeys((base, *moved))
-        elif group != "startup":
+        elif group not in ("predict", "startup"):
             for model, *values in itertools.product(args.models, args.width, args.resolution, args.batch_size):
                 keys = dict(zip(("width", "resolution", "batch_size"), values, strict=True))
                 yield Case(group=group, what=group, name=model, **keys)

@@ -11,7 +11,8 @@ from mobilenet_jax.plots import COLORS, make_figure, save, style_axes
 _COLORS: dict[str, str] = dict(
     zip(("ours", "torch", "flax", "keras", "tfdata", "litert", "onnx", "torch_compile"), COLORS, strict=False)
 )
-_OWN = ("ours_fast", "ours_resized")  # our loader with other keys
+# Our loader with other keys, and our `predict` with an exported file.
+_OWN = ("ours_fast", "ours_resized", "ours_tflite", "ours_onnx")
 _COLORS |= dict.fromkeys(_OWN, _COLORS["ours"])
 _PEERS = ("torch", "torch_compile", "keras", "flax", "litert", "onnx", "tfdata", *_OWN)  # the columns of the table
 _MARKERS = ("o", "s", "^", "D", "v", "P")

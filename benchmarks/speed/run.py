@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.speed.cases import Case, count_work, make_cases
+from benchmarks.speed.predictions import measure_predictions
 from benchmarks.speed.startup import measure_startup
 from benchmarks.speed.turns import SIDES, WorkerError, measure, pin_to_cores
 
@@ -61,6 +62,20 @@ def run_startup(args: argparse.Namespace) -> Iterator[dict]:
             yield result
 
 
+def run_predictions(args: argparse.Namespace, photographs: Path) -> Iterator[dict]:
+    """Yield the time that naming the photographs of a folder takes with each model, on every side that can do it."""
+    for model in args.models:
+        measured = measure_predictions(
+            model,
+            photographs,
+            against=args.against,
+            pythons={peer: python for peer in FOREIGN if (python := getattr(args, f"python_{peer}"))},
+            rounds=args.rounds,
+            threads=args.threads,
+        )
+        yield {"group": "predict", "what": "predict", "name": model, "resolution": 224, "batch_size": 32, **measured}
+
+
 def format_result(title: str, result: dict) -> str:
     """Format a title, a line for each side, and a line for each side that is absent or failed."""
     format_side = _format_start if result["what"] == "startup" else _format_side
@@ -86,6 +101,8 @@ def _format_side(side: str, result: dict) -> str:
     if "compile_seconds" in (about := values["about"]):
         text += f"{about['compile_seconds']:>8.1f} s compile"
         text += f"{about['temporary_bytes_per_image'] / 1e6:>9.1f} MB per image"
+    if "peak_bytes" in about:
+        text += f"{about['peak_bytes'] / 1e6:>9.0f} MB held by the process"
     if ratio := result["ratios"].get(side):
         text += f"   ours is {ratio['median']:.2f} times as fast ({ratio['min']:.2f}-{ratio['max']:.2f})"
     return text
@@ -122,12 +139,14 @@ def measure_all(args: argparse.Namespace) -> int:
             write_json_atomic(args.json, report)
 
     with TemporaryDirectory() as folder, pin_to_cores(args.threads):
-        if "input" in args.what:
+        if {"input", "predict"} & set(args.what):
             from benchmarks.speed.photographs import write_photographs
 
             report["photographs"] = write_photographs(Path(folder), args.photographs, args.photograph_size)
         for case in cases:
             add(str(case), run_case(case, args, folder))
+        for result in run_predictions(args, Path(folder)) if "predict" in args.what else ():
+            add(f"predict {result['name']}, {result['count']} photographs", result)
         for result in run_startup(args) if "startup" in args.what else ():
             add(f"startup {result['name']}", result)
     return 1 if any(result["failed"] for result in report["results"]) else 0

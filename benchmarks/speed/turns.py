@@ -28,7 +28,7 @@ _NETWORK = {
 SIDES: dict[str, dict[str, str]] = {
     "train": _NETWORK,
     "infer": {**_NETWORK, "litert": "runtime_worker.py", "onnx": "runtime_worker.py"},
-    "memory": {"ours": "jax_worker.py", "flax": "jax_worker.py"},  # the peers do not report the memory of a step
+    "memory": {"ours": "jax_worker.py", "flax": "jax_worker.py", "torch": "torch_worker.py"},
     "input": {**_LOADER, "tfdata": "tfdata_worker.py"},
     "augment": {"ours": "loader_worker.py"},
 }
@@ -193,7 +193,7 @@ def measure(
             times = _take_turns(workers, failed, rounds=rounds, seconds=seconds)
     done = {side: {"about": about, "seconds": times.get(side, [])} for side, about in abouts.items()}
     done = {side: result for side, result in done.items() if side not in failed}
-    return {"sides": done, "ratios": _compare(done, sides[0]), "absent": absent, "failed": failed}
+    return {"sides": done, "ratios": compare(done, sides[0]), "absent": absent, "failed": failed}
 
 
 def _take_turns(
@@ -235,7 +235,8 @@ def _time_step(worker: Worker, count: int) -> float:
     return worker.run(count) / count
 
 
-def _compare(done: dict[str, dict], first: str) -> dict[str, dict[str, float]]:
+def compare(done: Mapping[str, dict], first: str) -> dict[str, dict[str, float]]:
+    """Return {side: {"median", "min", "max"}}: its seconds over those of the side `first` in the same round."""
     ratios = {}
     for side, result in done.items():
         if first in done and side != first and result["seconds"]:

@@ -48,15 +48,23 @@ def read_batches(
 ) -> Iterator[tuple[list[Path], list[str | None], np.ndarray]]:
     """Yield (files, errors, images): at most `batch_size` files, and images uint8 [batch_size, S, S, 3].
 
-    An error says why a file cannot be read; it is None for a file that was read. Rows without an image are black.
+    An error says why a file cannot be read; it is None for a file that was read. Rows without an image are black. The
+    next batch is read by threads while the caller works on one.
     """
-    size = transform.image_size
+    size, starts = transform.image_size, range(0, len(files), batch_size)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(files), batch_size):
-            paths = files[start : start + batch_size]
-            images = np.zeros((batch_size, size, size, 3), np.uint8)
-            errors = list(pool.map(functools.partial(_read, transform=transform), paths, images))
-            yield paths, errors, images
+
+        def begin(start: int) -> tuple[list[Path], np.ndarray, Iterator[str | None]]:
+            paths, images = files[start : start + batch_size], np.zeros((batch_size, size, size, 3), np.uint8)
+            return paths, images, pool.map(functools.partial(_read, transform=transform), paths, images)
+
+        following = begin(0)
+        for start in starts:
+            paths, images, errors = following
+            found = list(errors)
+            if start + batch_size < len(files):
+                following = begin(start + batch_size)
+            yield paths, found, images
 
 
 def _read(path: Path, row: np.ndarray, *, transform: EvalTransform) -> str | None:

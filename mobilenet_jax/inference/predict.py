@@ -131,15 +131,8 @@ def _predict(
 ) -> Iterator[Prediction]:
     from mobilenet_jax.data.image_files import read_batches
 
-    computed = None
-    # A batch is read while the device computes the one before.
     for paths, errors, images in read_batches(files, transform, batch_size=batch_size):
-        following = paths, errors, classify(images)
-        if computed:
-            yield from _name(*computed, class_names)
-        computed = following
-    if computed:
-        yield from _name(*computed, class_names)
+        yield from _name(paths, errors, classify(images), class_names)
 
 
 def _name(paths: list[Path], errors: list[str | None], scores, class_names: list[str] | None) -> Iterator[Prediction]:

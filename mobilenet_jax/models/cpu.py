@@ -269,13 +269,21 @@ def sum_pixels(images: jax.Array) -> jax.Array:
 def _split(images):
     """Split a batch into up to _PARTS equal parts.
 
-    The n-th part has every _PARTS-th image, starting at the n-th, so that a batch split over devices stays split.
+    The n-th of p parts has every p-th image, starting at the n-th, and p divides the share of a device. So a batch that
+    is split over devices stays split, and no image moves to another device.
     """
-    parts = math.gcd(len(images), _PARTS)
+    parts = math.gcd(len(images) // _count_shares() or len(images), _PARTS)
     folded = images.reshape(-1, parts, *images.shape[1:])
     # Half-precision products are summed in float32.
     folded = folded.astype(jnp.promote_types(images.dtype, jnp.float32))
     return [lax.index_in_dim(folded, n, axis=1, keepdims=False) for n in range(parts)]
+
+
+def _count_shares():
+    """Return over how many devices the batch is split that is traced: 1 if the function sees one device's share."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return math.prod(size for size, kind in sizes if kind != jax.sharding.AxisType.Manual)
 
 
 def _sum_parts(parts):

@@ -15,6 +15,7 @@ from mobilenet_jax.training.build import Setup
 from mobilenet_jax.training.dead_filters import count_dead_filters
 from mobilenet_jax.training.evaluate import StateEvaluation, make_evaluator
 from mobilenet_jax.training.log import Log
+from mobilenet_jax.training.memory import return_free_memory, wait_for_buffers
 from mobilenet_jax.training.profile import Profiler
 from mobilenet_jax.training.quantized import QuantizedNetwork
 from mobilenet_jax.training.sharding import AXIS, make_key, put_batch, replicate, shard_train_step, sum_rows
@@ -48,8 +49,9 @@ def train(
 ) -> End:
     """Train to the last step of the plan, or to a signal.
 
-    The order within a step: next batch, step, log of the step before, evaluation, save. Evaluations and saves wait for
-    their own step, because a step that is not finite is never saved. `seconds` are the parts of the start so far.
+    The order within a step: next batch, end of the step before (on a CPU), step, log of the step before, evaluation,
+    save. Evaluations and saves wait for their own step, because a step that is not finite is never saved. `seconds` are
+    the parts of the start so far.
     """
     plan, state, step_fn, evaluation, stops = setup.plan, start.state, None, None, False
     key, evaluate = make_key(setup.config.seed, setup.mesh), make_evaluator(task, setup.mesh)
@@ -61,6 +63,7 @@ def train(
                 step_fn, parts = compile_step(setup, task, state, batch, key, step=step)
             report_start(setup, step, seconds, log.restart_line(), parts)
             seconds = {}
+        wait_for_buffers(state.step, setup.mesh)
         with profiler.step(step, state):
             state, sums = step_fn(state, batch, key)
         log.add(step, {**sums, **diagnose(setup, step, state)}, skipped)
@@ -106,6 +109,7 @@ def compile_step(
         lowered = jitted.lower(state, batch, key, *teacher)
     traced = time.perf_counter()
     compiled = lowered.compile()
+    return_free_memory()
     seconds = {"trace": traced - start, "compile": time.perf_counter() - traced}
     return lambda state, batch, key: compiled(state, batch, key, *teacher), seconds
 

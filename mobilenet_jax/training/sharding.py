@@ -74,6 +74,8 @@ def shard_train_step(step: Callable, mesh: Mesh, parallel: str, *, taught: bool 
     if parallel == "pmap":
         specs = tuple(sharding.spec for sharding in inputs)
         step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), PartitionSpec()))
+    else:
+        step = _trace_on(mesh, step)
     return jax.jit(
         step,
         in_shardings=inputs,
@@ -82,7 +84,17 @@ def shard_train_step(step: Callable, mesh: Mesh, parallel: str, *, taught: bool 
     )
 
 
+def _trace_on(mesh: Mesh, step: Callable) -> Callable:
+    """Return the step with the mesh in its context, where layers find over how many devices a batch is split."""
+
+    def step_on_mesh(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(*arguments)
+
+    return step_on_mesh
+
+
 def shard_eval_step(step: Callable, mesh: Mesh) -> Callable:
     """Jit (variables, batch) -> sums over the mesh, in the global view, also for runs that train with `pmap`."""
     everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
-    return jax.jit(step, in_shardings=(everywhere, split), out_shardings=everywhere)
+    return jax.jit(_trace_on(mesh, step), in_shardings=(everywhere, split), out_shardings=everywhere)

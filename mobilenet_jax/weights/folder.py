@@ -17,6 +17,8 @@ WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 _JSON_LIMIT = 10_000_000  # bytes
 _MODELS = ("mobilenet_v1", "mobilenet_v2")
+# The values of transformers' MobileNetV2 that its tables have here; they are its defaults.
+_TABLE = {"first_layer_is_expansion": True, "expand_ratio": 6, "depth_divisible_by": 8, "min_depth": 8}
 # Pillow's numbers of filters.
 _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
@@ -91,6 +93,11 @@ def _read_transformers(network: dict[str, Any], preprocessor: dict[str, Any]) ->
     }
     options = {"activation": network.get("hidden_act", "relu6")}
     check_choice("its hidden_act", options["activation"], ("relu6", "relu"))
+    # With a coarse output, the last layer before the classifier is narrower than the table has it.
+    table = {**_TABLE, **({"finegrained_output": True} if network.get("depth_multiplier", 1) < 1 else {})}
+    for key, value in table.items() if network["model_type"] == "mobilenet_v2" else ():
+        if network.get(key, value) != value:
+            raise ValueError(f"its {key} is {network[key]!r}; valid: {value}")
     if network.get("output_stride", 32) != 32:
         options["output_stride"] = network["output_stride"]
     return Hints(

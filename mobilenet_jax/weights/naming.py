@@ -144,8 +144,8 @@ def identify(naming: Naming, shapes: Shapes, *, name: str | None, source: str, d
       shapes: the file's tensors.
       name: the framework's name of the model, without the framework; if it is None, all models are tried.
       source: the file, for errors.
-      drop: return the network without a classifier, and ignore tensors that it does not have. It has no hidden layer
-        and no last 1x1 convolution either if the file lacks them.
+      drop: return the network without a classifier, and ignore tensors that it does not have, unless they lie in the
+        same block as a layer of it. It has no hidden layer and no last 1x1 convolution either if the file lacks them.
 
     Raises:
       WeightsError: no network has these tensors, or several have; the message names the differences or the networks.
@@ -155,7 +155,7 @@ def identify(naming: Naming, shapes: Shapes, *, name: str | None, source: str, d
     for entry in entries:
         for match in _candidates(naming, entry, shapes, width, drop=drop):
             expected = {name: slot.shape for name, slot in match.slots.items()}
-            found = {name: shape for name, shape in shapes.items() if name in expected} if drop else shapes
+            found = _leave_out_ends(shapes, expected) if drop else shapes
             count, differences = compare(expected, found)
             if not count:
                 fits.append(match)
@@ -173,6 +173,18 @@ def identify(naming: Naming, shapes: Shapes, *, name: str | None, source: str, d
             "but another padding, epsilon of batch norm or fixed filter; give the name of one"
         )
     return fits[0]
+
+
+def _leave_out_ends(shapes: Shapes, expected: Shapes) -> Shapes:
+    """Return the tensors of the expected network, and unknown ones in the same block as one of them.
+
+    A block is the first part of a name that is not the same in all expected names, as `features.3` or `layer`.
+    """
+    parts = {name: re.split(r"[./]", name) for name in (*shapes, *expected)}
+    columns = zip(*(parts[name] for name in expected), strict=False)  # up to the end of the shortest name
+    shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    blocks = {tuple(parts[name][: shared + 1]) for name in expected}
+    return {name: shape for name, shape in shapes.items() if tuple(parts[name][: shared + 1]) in blocks}
 
 
 def _find_closest(naming: Naming, shapes: Shapes) -> list[Entry]:

@@ -135,7 +135,7 @@ def test_scaling_moves_one_thing_at_a_time_from_its_base():
     [
         (1, "train", ["ours", "flax", "keras", "torch", "torch_compile"]),
         (2, "train", ["ours", "flax"]),
-        (1, "memory", ["ours", "flax"]),
+        (1, "memory", ["ours", "flax", "torch"]),
         (1, "input", ["ours", "tfdata", "ours_fast", "ours_resized"]),
         (1, "augment", ["ours"]),
     ],

@@ -185,3 +185,19 @@ def test_every_worker_is_a_file():
     files = {name for sides in SIDES.values() for name in sides.values()}
     assert files == {path.name for path in WORKERS.glob("*_worker.py")}
     assert sorted(SIDES) == ["augment", "infer", "input", "memory", "train"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
+def test_peak_of_memory_is_that_of_the_steps(script):
+    body = """
+blob = b'x' * 300_000_000  # before the steps, as a compiler uses it
+del blob
+def run(steps):
+    held = bytearray(100_000_000)
+    held[::4096] = b'x' * len(held[::4096])
+    return 1.0
+before = protocol.measure_peak(lambda steps: 1.0)['peak_bytes']
+return run, {'before': before, **protocol.measure_peak(run)}
+"""
+    with start(script(body)) as worker:
+        assert 95e6 < worker.about["peak_bytes"] - worker.about["before"] < 110e6

@@ -59,7 +59,7 @@ def test_devices_are_named_and_a_missing_platform_stops():
         describe_devices("tpu")
 
 
-def step_once(
+def prepare_step(
     parallel: str,
     devices: int,
     *,
@@ -67,8 +67,8 @@ def step_once(
     freeze_stats: bool = False,
     batch: dict[str, np.ndarray] = BATCH,
     **options: Any,
-) -> tuple[TrainState, dict[str, tuple[float, float]]]:
-    """One step of SGD with learning rate 1 on the same batch."""
+) -> tuple[Any, tuple]:
+    """Return a step of SGD with learning rate 1, and its arguments."""
     optimizer, mesh = optax.sgd(1.0), mesh_of(devices)
     axis = AXIS if parallel == "pmap" else None
     step_options = StepOptions(**{"mean": MEAN, "std": STD, "ema_decay": 0.9, **options}, axis=axis)
@@ -76,7 +76,22 @@ def step_once(
     step = functools.partial(train_step, model=model, optimizer=optimizer, options=step_options)
     state = replicate(create_state(make_variables(), optimizer, ema=True), mesh)
     key = make_key(0, mesh)
-    return jax.device_get(shard_train_step(step, mesh, parallel)(state, put_batch(batch, mesh), key))
+    return shard_train_step(step, mesh, parallel), (state, put_batch(batch, mesh), key)
+
+
+def step_once(parallel: str, devices: int, **options: Any) -> tuple[TrainState, dict[str, tuple[float, float]]]:
+    """One step on the same batch, as `prepare_step` makes it."""
+    step, arguments = prepare_step(parallel, devices, **options)
+    return jax.device_get(step(*arguments))
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_no_image_moves_to_another_device(devices):
+    """A device has 24 or 12 images, which the sums over pixels split into 8 or 4 parts."""
+    step, arguments = prepare_step("jit", devices)
+    program = step.lower(*arguments).compile().as_text()
+    assert "all-reduce" in program
+    assert not [kind for kind in ("collective-permute", "all-gather", "all-to-all") if kind in program]
 
 
 def assert_same_step(got, want, *, rtol: float = 1e-4) -> None:

@@ -34,6 +34,27 @@ class Spy:
         return np.asarray(self._value, *args, **kwargs)
 
 
+def test_a_step_begins_when_the_one_before_has_ended(tmp_path, monkeypatch):
+    """On a CPU each step in the queue holds its buffers."""
+    compile_step, ended, last = loop.compile_step, [], []
+
+    def compile_with_spy(*arguments, **phase):
+        compiled, seconds = compile_step(*arguments, **phase)
+
+        def step(state, batch, key):
+            ended.append(all(array.is_ready() for array in last))
+            state, sums = compiled(state, batch, key)
+            last[:] = jax.tree.leaves(sums)
+            return state, sums
+
+        return step, seconds
+
+    monkeypatch.setattr(loop, "compile_step", compile_with_spy)
+    values = {"train__log_every_steps": 100, "train__save_every_epochs": 0.0, "train__eval_every_epochs": 0.0}
+    train_and_evaluate(make_config(train__steps=6, data__image_size=64, **values), tmp_path)
+    assert ended == [True] * 6
+
+
 def test_the_loop_moves_batches_in_and_one_group_of_sums_out_for_each_line(tmp_path, monkeypatch):
     """The guard lets `device_put` pass and nothing else. A CPU does not guard what the host reads: the spies see it."""
     started, reads, compile_step = [], {}, loop.compile_step

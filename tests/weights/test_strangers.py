@@ -216,6 +216,16 @@ def test_another_head_can_be_dropped_and_the_error_says_so(torchvision, head):
         load_weights(given, classifier="none")
 
 
+@pytest.mark.parametrize("framework", [TORCHVISION, TRANSFORMERS, TIMM, KERAS], ids=lambda naming: naming.framework)
+def test_a_layer_more_before_the_pooling_is_never_left_out(framework):
+    spec, _, tensors = make_tensors(framework, "mobilenet_v2", width=0.1, num_classes=3)
+    layer, suffix = framework.name_layers(spec)["block_01/project"][0], framework.leaves["kernel"][0]
+    more = f"{layer.rpartition('.')[0]}.more" if "." in layer else f"{layer}/more"
+    given = {**tensors, f"{more}{suffix}": np.ones((1, 1, 8, 8), "f4")}
+    with pytest.raises(WeightsError, match=r"it has unknown .*more"):
+        load_weights(given, classifier="drop")
+
+
 @pytest.mark.parametrize("model", ["mobilenet_v1", "mobilenet_v2", "mobilenet_v4_conv_small"])
 def test_timms_features_alone_are_a_backbone(model):
     spec, flat, tensors = make_tensors(TIMM, model, width=0.25, num_classes=3)
@@ -417,6 +427,12 @@ def test_the_background_and_the_segmentation_of_transformers(tmp_path):
         ({"model_type": "mobilenet_v2", "id2label": {"0": 7}}, "its class names are no list of text"),
         ({"model_type": "mobilenet_v2", "id2label": [1]}, "cannot be used"),
         ({"model_type": "mobilenet_v2", "layer_norm_eps": "x"}, "cannot be used"),
+        ({"model_type": "mobilenet_v2", "first_layer_is_expansion": False}, "its first_layer_is_expansion is False; v"),
+        ({"model_type": "mobilenet_v2", "expand_ratio": 4}, "its expand_ratio is 4; valid: 6"),
+        (
+            {"model_type": "mobilenet_v2", "depth_multiplier": 0.5, "finegrained_output": False},
+            "its finegrained_output is False; valid: True",
+        ),
         ({"architecture": "mobilenetv2_025"}, "is not timm's: 'pretrained_cfg' is missing"),
     ],
 )

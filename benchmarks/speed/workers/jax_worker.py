@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks.speed.workers.protocol import Run, serve
+from benchmarks.speed.workers.protocol import Run, measure_peak, serve
 from mobilenet_jax.cli.allocator import describe_allocator
 from mobilenet_jax.models.init import init_variables
 from mobilenet_jax.models.network import MobileNet, create_model
+from mobilenet_jax.training.memory import return_free_memory, wait_for_buffers
 from mobilenet_jax.training.sharding import make_key, make_mesh, put_batch, replicate, shard_train_step
 from mobilenet_jax.training.steps import StepOptions, create_state, train_step
 
@@ -37,7 +38,7 @@ def load(case: dict) -> tuple[Run, dict]:
         "temporary_bytes": memory.temp_size_in_bytes,  # of one device
         "temporary_bytes_per_image": memory.temp_size_in_bytes * jax.device_count() / count,
     }
-    return run, about
+    return run, {**about, **(measure_peak(run) if case["what"] == "memory" else {})}
 
 
 def load_training(model: MobileNet, images: np.ndarray):
@@ -53,6 +54,7 @@ def load_training(model: MobileNet, images: np.ndarray):
         nonlocal state
         start, sums = time.perf_counter(), None
         for _ in range(steps):
+            wait_for_buffers(state.step, mesh)  # as main does
             state, sums = compiled(state, batch, key)
         jax.block_until_ready((state, sums))
         return time.perf_counter() - start
@@ -81,6 +83,7 @@ def _compile(function, *arguments):
     lowered = function.lower(*arguments)
     traced = time.perf_counter()
     compiled = lowered.compile()
+    return_free_memory()
     return compiled, {"trace_seconds": traced - start, "compile_seconds": time.perf_counter() - traced}
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 Run = Callable[[int], float]  # number of steps -> seconds that they took
 Load = Callable[[dict], tuple[Run, dict]]  # a case -> the function that runs steps, and facts about it for the report
@@ -12,6 +13,21 @@ Load = Callable[[dict], tuple[Run, dict]]  # a case -> the function that runs st
 
 class UnsupportedError(Exception):
     """This side does not support the case; the message says why, in one sentence."""
+
+
+def measure_peak(run: Run) -> dict[str, int]:
+    """Run three steps; return {"peak_bytes": the most memory that the process held meanwhile}.
+
+    It is empty where Linux's /proc is missing.
+    """
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return {}
+    run(1)  # the first step may allocate what the others keep
+    reset.write_text("5")  # forgets the peak of compilation; man 5 proc
+    run(3)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {"peak_bytes": 1024 * int(status["VmHWM"].split()[0])}
 
 
 def serve(load: Load) -> None:

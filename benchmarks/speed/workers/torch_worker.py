@@ -6,7 +6,7 @@ folds it at inference: the weights are constants of the program there (`freezing
 
 import time
 
-from protocol import Run, UnsupportedError, serve
+from protocol import Run, UnsupportedError, measure_peak, serve
 
 
 def load(case: dict) -> tuple[Run, dict]:
@@ -50,7 +50,7 @@ def load(case: dict) -> tuple[Run, dict]:
         inductor.freezing = infers
         model = torch.compile(model)
         about["first_step_seconds"] = run(1)  # compiles
-    return run, about
+    return run, {**about, **(measure_peak(run) if case["what"] == "memory" else {})}
 
 
 def make_model(name: str, width: float):
