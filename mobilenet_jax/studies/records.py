@@ -9,6 +9,7 @@ from mobilenet_jax.models.spec import check_choice
 from mobilenet_jax.studies.study import FREE_KEYS, RunKey, Study
 from mobilenet_jax.training.config import flatten_config
 from mobilenet_jax.workdir.files import write_json_atomic
+from mobilenet_jax.workdir.later_keys import complete
 
 STATUSES = ("started", "finished", "failed")
 RECORD_FILE = "run.json"
@@ -17,8 +18,9 @@ RECORD_FILE = "run.json"
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the record of the run in `folder`, or None if the run was never started.
 
-    "config" is flat. "status" is one of STATUSES. "seconds" is the total time of all attempts, except those that ended
-    by kill -9. "error" says why a run failed. Raises ValueError if the file is damaged.
+    "config" is flat, with the keys that it is too old to have. "status" is one of STATUSES. "seconds" is the total time
+    of all attempts, except those that ended by kill -9. "error" says why a run failed. Raises ValueError if the file is
+    damaged.
     """
     path = folder / RECORD_FILE
     if not path.exists():
@@ -26,7 +28,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text())
         check_choice("status", record["status"], STATUSES)
-        _ = record["config"].items(), record["seconds"] + 0
+        record["config"] = complete(record["config"])
+        _ = record["seconds"] + 0
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a record of a run: {error}; remove {folder} to run it again") from error
     return record

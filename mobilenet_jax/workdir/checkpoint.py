@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from mobilenet_jax.paths import as_path, is_bucket
 from mobilenet_jax.workdir.files import DiskFullError, move_folder, naming_a_full_disk
+from mobilenet_jax.workdir.later_keys import complete
 from mobilenet_jax.workdir.reading import (
     CheckpointReadError,
     DamagedError,
@@ -146,7 +147,7 @@ class Checkpoints:
             if damaged:
                 self._set_aside(damaged)
             iterator.set_state(found[1]["iterator"])
-            for difference in list_differences(found[1]["config"], config):
+            for difference in list_differences(complete(found[1]["config"]), config):
                 logging.info("%s since the checkpoint of step %d", difference, step)
             return found
         if damaged:
@@ -180,6 +181,8 @@ class Checkpoints:
 
 def check_same_run(saved: dict, config: dict, where: epath.Path) -> None:
     """Raise CheckpointMismatchError, naming each difference, unless a run of `config` may continue from `saved`."""
+
+    saved = complete(saved)
 
     def protected(key: str) -> bool:
         return key not in _FREE_MODEL_KEYS and any(

@@ -54,3 +54,14 @@ def test_another_config_is_refused_and_its_keys_are_named(study, tmp_path):
     said = f"{tmp_path}/none/seed_0 was run with another config: optim.l2 was 0.0 and is 0.0001; train.epochs was 3.0 "
     with pytest.raises(ValueError, match=re.escape(said + "and is 10.0; restore it or give another --workdir")):
         check_record(study, key, tmp_path)
+
+
+def test_a_record_that_is_older_than_a_key_continues(study, tmp_path):
+    key = RunKey(0, "none")
+    record = make_record(study, key)
+    del record["config"]["data.decode"]
+    write_record(key.folder(tmp_path), record)
+    check_record(study, key, tmp_path)
+    study.config.data.decode = "fast"
+    with pytest.raises(ValueError, match=r"another config: data.decode was 'exact' and is 'fast'; restore it"):
+        check_record(study, key, tmp_path)

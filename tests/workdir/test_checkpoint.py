@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import json
 import logging
 import re
 import shutil
@@ -30,6 +31,7 @@ from mobilenet_jax.workdir.checkpoint import (
     read_checkpoint,
     read_state,
 )
+from mobilenet_jax.workdir.later_keys import LATER_KEYS
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
@@ -401,6 +403,12 @@ def test_changes_of_unprotected_keys_are_named(tmp_path, iterator, caplog):
     assert len(said) == 2
 
 
+def test_every_key_that_stored_runs_lack_has_the_value_that_they_had():
+    stored = json.loads((Path(__file__).parents[1] / "training" / "begun_before" / "config.json").read_text())
+    config = flatten_config(base.get_config())
+    assert {key: config[key] for key in config.keys() - stored.keys()} == LATER_KEYS
+
+
 def test_a_checkpoint_from_before_decode_and_cache_is_continued_also_with_other_values(tmp_path, iterator, caplog):
     save(tmp_path, make_state(1), iterator)
     older = Checkpoints(tmp_path, keep=2)
@@ -410,7 +418,7 @@ def test_a_checkpoint_from_before_decode_and_cache_is_continued_also_with_other_
     with caplog.at_level(logging.INFO, logger="absl"):
         restored, _ = restore(tmp_path, iterator, config={"data.decode": "fast"})
     assert_same_bits(restored, make_state(2))
-    assert "data.decode was None and is 'fast' since the checkpoint of step 2" in caplog.messages
+    assert "data.decode was 'exact' and is 'fast' since the checkpoint of step 2" in caplog.messages
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_sentence(tmp_path, iterator, monkeypatch):
