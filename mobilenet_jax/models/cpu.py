@@ -182,7 +182,8 @@ def _choose(impl, shifted, grouped, *arrays):
 # Jitted, so that blocks of equal shapes are traced once.
 @functools.partial(jax.jit, static_argnames="geometry")
 def _shifted_sum(images, kernel, *, geometry):
-    stride, pads, dilation = geometry
+    first, last, (stride, pads, dilation) = _find_useful_taps(images.shape, len(kernel), geometry)
+    kernel = kernel[first:last, first:last]
     padded = _pad(images, pads)
     size = _output_size(padded.shape, kernel.shape, stride, dilation)
     return _weighted_sum(
@@ -197,7 +198,8 @@ def _gradients(images, kernel, gradient, *, geometry):
     XLA fuses the computation of an array into every loop that reads it, ten loops here. A padded array is computed
     once.
     """
-    stride, pads, dilation = geometry
+    first, last, (stride, pads, dilation) = _find_useful_taps(images.shape, len(kernel), geometry)
+    unused, kernel = (first, len(kernel) - last, 0), kernel[first:last, first:last]
     (top, bottom), (left, right) = pads
     rows = -(-(images.shape[1] + top + bottom) // stride)
     columns = -(-(images.shape[2] + left + right) // stride)
@@ -205,10 +207,33 @@ def _gradients(images, kernel, gradient, *, geometry):
     # Outputs that do not exist contribute zeros on either side.
     _, out_h, out_w, _ = gradient.shape
     gradient = _pad(gradient, ((reach, max(0, rows - out_h)), (reach, max(0, columns - out_w))))
+    kernel_gradient = _kernel_gradient(gradient, images, kernel, (out_h, out_w), reach, stride, pads, dilation)
     return (
         _image_gradient(gradient, kernel, images.shape, (rows, columns), stride, pads, dilation),
-        _kernel_gradient(gradient, images, kernel, (out_h, out_w), reach, stride, pads, dilation),
+        lax.pad(kernel_gradient, jnp.zeros((), kernel.dtype), (unused, unused, (0, 0, 0), (0, 0, 0))),
     )
+
+
+def _find_useful_taps(shape, size, geometry):
+    """Return (first, last + 1, geometry without the others) of the taps of a kernel that read pixels, not only padding.
+
+    Of a 5x5 kernel on a 2x2 map, padded by 2, the outer taps read zeros. They cost as much as the others. The range is
+    that of rows and columns together, so that the kernel stays square.
+    """
+    stride, pads, dilation = geometry
+    if dilation > 1:  # the padding that is left could be below 0
+        return 0, size, geometry
+    useful = {
+        tap
+        for count, (before, after) in zip(shape[1:3], pads, strict=True)
+        for place in range((count + before + after - size) // stride + 1)
+        for tap in range(size)
+        if 0 <= place * stride + tap - before < count
+    }
+    first, last = min(useful), max(useful) + 1
+    (top, bottom), (left, right) = pads
+    left_out = size - last
+    return first, last, _Geometry(stride, ((top - first, bottom - left_out), (left - first, right - left_out)), 1)
 
 
 def _image_gradient(gradient, kernel, shape, size, stride, pads, dilation):

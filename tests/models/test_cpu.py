@@ -32,6 +32,16 @@ CASES = [
     (7, 1, 1, "symmetric", (1, 8, 5, 2)),
     (7, 2, 1, "same", (1, 13, 8, 2)),
     (7, 2, 2, "same", (1, 13, 14, 2)),
+    # Small maps: the outer taps read nothing but padding, and are left out.
+    (3, 1, 1, "same", (2, 1, 1, 3)),
+    (3, 2, 1, "symmetric", (2, 1, 1, 3)),
+    (3, 2, 1, "end", (2, 2, 2, 3)),
+    (5, 1, 1, "same", (2, 1, 1, 3)),
+    (5, 1, 1, "symmetric", (2, 2, 2, 3)),
+    (5, 1, 1, "same", (2, 1, 3, 3)),
+    (5, 2, 1, "same", (2, 3, 3, 3)),
+    (5, 2, 1, "symmetric", (8, 2, 1, 2)),
+    (7, 1, 1, "same", (1, 2, 3, 2)),
     # Batches that the kernel's gradient adds up in 8 and in 4 parts.
     (3, 1, 1, "same", (16, 5, 6, 2)),
     (5, 2, 1, "same", (12, 7, 6, 2)),
