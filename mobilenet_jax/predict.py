@@ -8,6 +8,7 @@ import argparse
 import io
 import sys
 import warnings
+from typing import Any
 
 from mobilenet_jax.cli.allocator import restart_tuned
 from mobilenet_jax.cli.exit_codes import UsageError, get_exit_code
@@ -42,19 +43,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(flags: argparse.Namespace) -> int:
-    """Predict and print; return the exit code."""
-    from mobilenet_jax.data.image_files import list_images
+def _open_weights(flags: argparse.Namespace) -> Any:
+    """Return weights, or an exported file; for the latter JAX is not imported, which takes a second."""
     from mobilenet_jax.exporting.contract import is_exported, read_exported
+
+    if is_exported(flags.weights):
+        return read_exported(flags.weights)
     from mobilenet_jax.weights.load import load_weights
 
     configure_memory(flags.compilation_cache)
+    return load_weights(flags.weights, flags.name, offline=flags.offline, select=flags.select)
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Predict and print; return the exit code."""
+    from mobilenet_jax.data.image_files import list_images
+
     try:
         files = list_images(flags.images)
-        if is_exported(flags.weights):
-            weights = read_exported(flags.weights)
-        else:
-            weights = load_weights(flags.weights, flags.name, offline=flags.offline, select=flags.select)
+        weights = _open_weights(flags)
         predictions = predict(weights, files, top=flags.top, batch_size=flags.batch_size, decode=flags.decode)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error

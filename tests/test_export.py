@@ -1,6 +1,8 @@
 """The export command: what it prints, writes and refuses, and its files in the other commands."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +138,16 @@ def test_a_file_is_asked_by_predict(capsys, exported, file, tmp_path, write_imag
         assert predict_command.main([f"--weights={weights}", *map(str, images), "--json"]) == 0
         shown.append([[c["class"] for c in entry["classes"]] for entry in json.loads(capsys.readouterr().out)])
     assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize("name", ["digits_tiny.tflite", "onnx/digits_tiny.onnx"])
+def test_predicting_with_a_file_imports_no_jax(exported, tmp_path, write_images, name):
+    images = write_images(tmp_path, 1)
+    argv = [f"--weights={exported / name}", *map(str, images), "--csv"]
+    code = f"import sys; from mobilenet_jax.predict import main; main({argv}); print('jax' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert printed.splitlines()[0] == "path,rank,class,probability,index"
+    assert printed.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize(

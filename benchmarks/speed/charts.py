@@ -68,7 +68,9 @@ def draw_ratios(results: Sequence[dict], path: Path) -> None:
         spread = [[median - ratio["min"]], [ratio["max"] - median]]
         # Bars start at 1, because a logarithmic axis has no 0: to the right ours is faster, to the left slower.
         axes.barh(row, median - 1, left=1, xerr=spread, color=_COLORS[side], ecolor="#444444", capsize=3, height=0.7)
-        axes.annotate(f"{median:.2f}", (max(1, ratio["max"]), row), (6, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(
+            f"{median:.2f}", (max(1, ratio["max"]), row), (6, 0), textcoords="offset points", va="center", fontsize=8
+        )
     axes.set_yticks(range(len(bars)), [f"{label}: {side}" for label, side, _ in bars], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")

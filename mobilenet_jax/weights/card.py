@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from flax import traverse_util
 
 from mobilenet_jax.models.cost import compute_cost
 from mobilenet_jax.models.spec import Spec
@@ -181,6 +180,8 @@ def read_imagenet_classes() -> list[str]:
 def hash_variables(variables: dict) -> str:
     """Return the SHA-256, in hexadecimal digits, of the values of a tree of arrays."""
     digest = hashlib.sha256()
+    from flax import traverse_util  # here, because an exported file needs a card and no Flax
+
     for leaf in traverse_util.flatten_dict(variables).values():
         digest.update(np.ascontiguousarray(leaf).data)
     return digest.hexdigest()
