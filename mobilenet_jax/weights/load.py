@@ -38,7 +38,6 @@ from mobilenet_jax.weights.foreign import (
 )
 from mobilenet_jax.weights.read import BYTES_LIMIT, Contents, read_contents
 from mobilenet_jax.weights.recognise import find_states
-from mobilenet_jax.workdir.checkpoint import load_variables
 from mobilenet_jax.workdir.metrics import METRICS_FILE, read_metrics
 
 CARD_KEY = "mobilenet_jax_card"  # in the metadata of a safetensors file
@@ -196,6 +195,8 @@ def _read_card(text: str, path: Path) -> tuple[Spec, dict]:
 
 def _load_run(path: epath.Path) -> tuple[Spec, dict, dict]:
     """Load the newest checkpoint of a workdir, or the one that `path` names; its config gives the card."""
+    from mobilenet_jax.workdir.checkpoint import load_variables  # here, because Orbax and Grain take half a second
+
     try:
         variables, meta = load_variables(path)
     except ValueError as error:
