@@ -162,6 +162,9 @@ def main() -> int:
         "--count", type=int, default=1000, help="number of weights, and of images; default: %(default)s"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--only", choices=("weights", "forms", "images"), help="forms: the checkpoints and folders that strangers bring"
+    )
     parser.add_argument("--minutes", type=float, default=60, help="of all; default: %(default)s")
     parser.add_argument("--fixtures", type=Path, default=FIXTURES, help="default: %(default)s")
     flags = parser.parse_args()
@@ -176,11 +179,13 @@ def main() -> int:
         images = [Path(folder) / name for name in IMAGES]
         for image in images:
             write_image(image)
+        chosen = {"weights": sources, "forms": forms, "images": images}
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         ended = time.monotonic() + flags.minutes * 60
-        for source in [*sources, *forms, *images]:
+        for source in chosen[flags.only] if flags.only else [*sources, *forms, *images]:
             data, counts = source.read_bytes(), collections.Counter()
             load, kin = (read_image, images) if source in images else (read_weights, [*sources, *forms])
+            kin = chosen[flags.only] if flags.only else kin
             for i in range(-(-flags.count // len(kin))):
                 if time.monotonic() > ended:
                     print(f"{source.name}: {flags.minutes:g} minutes are over after {i} of them")
