@@ -86,8 +86,6 @@ def test_input_is_the_loader_and_every_augmentation(capsys, tmp_path):
     assert all(values["images_per_second"] > 0 for values in first["sides"].values())
     assert set(first["ratios"]) == {"ours_fast", "ours_resized"}
     assert all(set(result["sides"]) == {"ours"} for result in others)
-    # The photographs have twenty times the pixels that crops of 32 px need.
-    assert first["ratios"]["ours_resized"]["median"] < 1
 
 
 @pytest.mark.parametrize("size", ["4000", "0x3", "axb", "-1x5", "100000x1"])
@@ -171,7 +169,7 @@ def test_startup_line_has_medians_and_the_range():
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--what=trian", "'trian'; valid: train, infer, memory, scaling, input, startup"),
+        ("--what=trian", "'trian'; valid: train, infer, memory, scaling, input, predict, startup"),
         ("--models=mobilenet_v5", "'mobilenet_v5'; valid: mobilenet_v1, "),
         ("--against=jax", "'jax'; valid: flax, keras, torch, torch_compile, litert, onnx, tfdata"),
         ("--resolution=big", "invalid comma-separated int value: 'big'"),
