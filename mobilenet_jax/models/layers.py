@@ -1,7 +1,8 @@
 """The layers of a network in plain Flax: convolution, batch norm, dense, squeeze-excite.
 
 With `lowering="plain"` they are the textbook forms. With "auto", convolution and batch norm call the fast forms of
-`cpu.py`, and at inference batch norm folds into the convolution's kernel. Variables and numbers are the same.
+`cpu.py` and `cpu_norm.py`, and at inference batch norm folds into the convolution's kernel. Variables and numbers are
+the same.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from mobilenet_jax.models import cpu
+from mobilenet_jax.models import cpu, cpu_norm
 from mobilenet_jax.models.activations import ACTIVATIONS, GATES
 from mobilenet_jax.models.init import make_kernel_init
 from mobilenet_jax.models.ops import ConvOp, DenseOp, DepthwiseOp, LayerScaleOp, SqueezeExciteOp
@@ -61,7 +62,7 @@ def _wide(channels):
 
 
 class Norm(nn.Module):
-    """Batch norm and activation (`cpu.normalise`), with the variables of `nn.BatchNorm`.
+    """Batch norm and activation (`cpu_norm.normalise`), with the variables of `nn.BatchNorm`.
 
     Statistics are float32 for every dtype of the map. They are over the batch that the function sees: the global batch
     under `jit`, a device's share under `shard_map`.
@@ -81,7 +82,7 @@ class Norm(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise [B, H, W, C] by the batch's statistics, and update the running statistics."""
-        y, mean, var = cpu.normalise(x, self.scale, self.bias, self.spec.bn_epsilon, self.activation)  # pyright: ignore[reportGeneralTypeIssues]
+        y, mean, var = cpu_norm.normalise(x, self.scale, self.bias, self.spec.bn_epsilon, self.activation)  # pyright: ignore[reportGeneralTypeIssues]
         if not self.is_initializing():
             keep = self.spec.bn_decay
             self.mean.value = keep * self.mean.value + (1 - keep) * lax.stop_gradient(mean)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from programs import GOLDEN, NETWORKS, count_all
 
-from mobilenet_jax.models.cpu import normalise
+from mobilenet_jax.models.cpu_norm import normalise
 
 EXPECTED = json.loads(GOLDEN.read_text())
 
