@@ -179,14 +179,15 @@ def main() -> int:
         images = [Path(folder) / name for name in IMAGES]
         for image in images:
             write_image(image)
-        chosen = {"weights": sources, "forms": forms, "images": images}
+        kinds = {"weights": sources, "forms": forms, "images": images}
+        # The files that share a count.
+        groups = [kinds[flags.only]] if flags.only else [[*sources, *forms], images]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         ended = time.monotonic() + flags.minutes * 60
-        for source in chosen[flags.only] if flags.only else [*sources, *forms, *images]:
+        for source, each in ((source, -(-flags.count // len(group))) for group in groups for source in group):
             data, counts = source.read_bytes(), collections.Counter()
-            load, kin = (read_image, images) if source in images else (read_weights, [*sources, *forms])
-            kin = chosen[flags.only] if flags.only else kin
-            for i in range(-(-flags.count // len(kin))):
+            load = read_image if source in images else read_weights
+            for i in range(each):
                 if time.monotonic() > ended:
                     print(f"{source.name}: {flags.minutes:g} minutes are over after {i} of them")
                     break

@@ -1,8 +1,8 @@
 """Compare answers with other frameworks: `python benchmarks/parity.py [FOLDER_OF_CASES] [--case=NAME] [--json]`.
 
 A case is a folder with a framework's weights and its answers to inputs (`case*.npz`: input, logits, features if there
-are any); `benchmarks/transformers_cases.py` writes some. A row
-has the largest difference of any tensor over the largest absolute value of the reference. The limit is 1e-4.
+are any); `benchmarks/transformers_cases.py` writes some. A row has the largest difference of any tensor over the
+largest absolute value of the reference. The limit is 1e-4.
 """
 
 import argparse

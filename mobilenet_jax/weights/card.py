@@ -179,9 +179,9 @@ def read_imagenet_classes() -> list[str]:
 
 def hash_variables(variables: dict) -> str:
     """Return the SHA-256, in hexadecimal digits, of the values of a tree of arrays."""
-    digest = hashlib.sha256()
     from flax import traverse_util  # here, because an exported file needs a card and no Flax
 
+    digest = hashlib.sha256()
     for leaf in traverse_util.flatten_dict(variables).values():
         digest.update(np.ascontiguousarray(leaf).data)
     return digest.hexdigest()

@@ -20,6 +20,7 @@ from mobilenet_jax.data.cache import ResizedImages
 from mobilenet_jax.data.decode import UnreadableImageError, decode_image, open_croppable
 from mobilenet_jax.data.sources import Record, open_source
 from mobilenet_jax.data.transforms import draw_crop, make_train_transform
+from tests.data.test_loader import assert_equal
 
 SIZE = 24
 
@@ -39,14 +40,6 @@ def take(count: int, *, state: dict | None = None, **values) -> list[loader.Batc
         return [next(iterator) for _ in range(count)]
     finally:
         iterator.close()
-
-
-def assert_equal(first: list[loader.Batch], second: list[loader.Batch]) -> None:
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
 
 
 @pytest.fixture
